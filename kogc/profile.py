@@ -1,0 +1,134 @@
+"""The GPU profile: what one product is (data sheet) and what was measured on it, with how it was measured."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from . import strict_yaml
+from .errors import KogcError
+from .resources import data_dir
+
+TARGETS = ("cuda", "cpu")
+CUDA_ARCHS = ("sm_90a",)
+CPU_ARCHS = ("avx2", "avx512", "avx512-bf16")
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A read bandwidth in bytes/s (None: not measured), how it was measured, and with how many blocks."""
+
+    read_bandwidth: float | None
+    how: str
+    blocks: int
+
+
+@dataclass(frozen=True)
+class GpuProfile:
+    """Facts of one product. Bytes and bytes/s throughout; 0 on a CPU means: ask the machine at hand.
+
+    target: cuda or cpu. arch: the compiler's name of the instruction set (sm_90a; avx2, avx512, avx512-bf16).
+    sms: streaming multiprocessors (cpu: 0, the machine's cores). smem_per_block: the opt-in maximum.
+    flags: CPU features the code needs, in the names /proc/cpuinfo uses (cuda: empty).
+    blocks: how many blocks a launch has unless the build says otherwise (cpu: 0, one a core).
+    """
+
+    name: str
+    target: str
+    product: str
+    arch: str
+    sms: int
+    smem_per_block: int
+    l2_bytes: int
+    memory_bytes: int
+    bandwidth_datasheet: float
+    measured: Measured
+    blocks: int
+    flags: tuple[str, ...]
+
+    @property
+    def ceiling(self) -> float:
+        """The best known read bandwidth in bytes/s: measured where it was, else the data sheet's; 0 if unknown."""
+        measured = self.measured.read_bandwidth
+        return self.bandwidth_datasheet if measured is None else measured
+
+
+PROFILE_KEYS = (
+    "name", "target", "product", "arch", "sms", "smem_per_block", "l2_bytes", "memory_bytes", "bandwidth_datasheet",
+    "measured", "blocks", "flags",
+)  # fmt: skip
+
+
+def list_profiles() -> list[str]:
+    """Names of the shipped profiles, sorted."""
+    return sorted(p.stem for p in data_dir("gpu_profiles").glob("*.yaml"))
+
+
+def load_profile(name: str) -> GpuProfile:
+    """A shipped profile by name, or one from a path that ends in .yaml; KogcError lists the known names."""
+    if name.endswith((".yaml", ".yml")):
+        return _from_table(strict_yaml.read(Path(name)))
+    if re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
+        path = data_dir("gpu_profiles") / f"{name}.yaml"
+        if path.is_file():
+            return _from_table(strict_yaml.read(path))
+    raise KogcError(f"unknown GPU {name!r}: one of {', '.join(list_profiles())}")
+
+
+def parse_profile(text: str, file: str = "profile.yaml") -> GpuProfile:
+    """Read a profile from YAML text; `file` names it in errors."""
+    return _from_table(strict_yaml.parse(text, file))
+
+
+def _from_table(table: strict_yaml.Table) -> GpuProfile:
+    table.only(PROFILE_KEYS)
+    target = table.text("target")
+    if target not in TARGETS:
+        raise table.error("target", f"unknown target {target!r} (known: {', '.join(TARGETS)})")
+    archs = CUDA_ARCHS if target == "cuda" else CPU_ARCHS
+    arch = table.text("arch")
+    if arch not in archs:
+        raise table.error("arch", f"unknown arch {arch!r} of target {target} (known: {', '.join(archs)})")
+    name = table.text("name")
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name):
+        raise table.error("name", f"{name[:40]!r} must be letters, digits, '.', '_' or '-'")
+    # A GPU's sizes are facts that the plan depends on; a CPU's are read from the machine.
+    least = 1 if target == "cuda" else 0
+    profile = GpuProfile(
+        name=name,
+        target=target,
+        product=table.text("product"),
+        arch=arch,
+        sms=_count(table, "sms", least),
+        smem_per_block=_count(table, "smem_per_block", least),
+        l2_bytes=_count(table, "l2_bytes", least),
+        memory_bytes=_count(table, "memory_bytes", least),
+        bandwidth_datasheet=_rate(table, "bandwidth_datasheet", least),
+        measured=_read_measured(table.table("measured")),
+        blocks=_count(table, "blocks", least),
+        flags=table.words("flags"),
+    )
+    if target == "cuda" and profile.blocks > profile.sms:
+        raise table.error("blocks", f"{profile.blocks} is more than sms ({profile.sms}): every block must be resident")
+    return profile
+
+
+def _read_measured(table: strict_yaml.Table) -> Measured:
+    table.only(("read_bandwidth", "how", "blocks"))
+    rate = None if table.is_null("read_bandwidth") else _rate(table, "read_bandwidth", 1)
+    return Measured(rate, table.text("how"), _count(table, "blocks", 0))
+
+
+def _count(table: strict_yaml.Table, key: str, least: int) -> int:
+    value = table.integer(key)
+    if value < least:
+        raise table.error(key, f"{value} must be at least {least}")
+    return value
+
+
+def _rate(table: strict_yaml.Table, key: str, least: int) -> float:
+    value = table.number(key)
+    if value < least:
+        raise table.error(key, f"{value} must be at least {least}")
+    return value
