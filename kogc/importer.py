@@ -27,8 +27,13 @@ ARCHITECTURES = {
 
 MAX_CONFIG_BYTES = 1 << 24
 
+
+def _words(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
 # Bookkeeping, training and sampling settings: no value of these changes the logits or the greedy choice.
-HARMLESS = frozenset(
+HARMLESS = _words(
     """
     _name_or_path _commit_hash transformers_version transformers.js_config unsloth_version unsloth_fixed
     _attn_implementation _attn_implementation_autoset _attn_implementation_internal attn_implementation
@@ -39,8 +44,24 @@ HARMLESS = frozenset(
     finetuning_task problem_type id2label label2id num_labels tf_legacy_loss remove_invalid_values
     chunk_size_feed_forward do_sample temperature top_k top_p typical_p max_length max_new_tokens
     num_return_sequences length_penalty early_stopping diversity_penalty
-    """.split()
+    """
 )
+
+# Settings of generate() that change a greedy continuation, with the values that leave it alone.
+CHANGES_GREEDY: dict[str, tuple[object, ...]] = {
+    "repetition_penalty": (None, 1),
+    "encoder_no_repeat_ngram_size": (None, 0),
+    "no_repeat_ngram_size": (None, 0),
+    "min_length": (None, 0),
+    "num_beams": (None, 1),
+    "num_beam_groups": (None, 1),
+    "bad_words_ids": (None,),
+    "suppress_tokens": (None,),
+    "begin_suppress_tokens": (None,),
+    "forced_bos_token_id": (None,),
+    "forced_eos_token_id": (None,),
+    "exponential_decay_length_penalty": (None,),
+}
 
 # Features that are not supported, with every value that means "off". None stands for null.
 OFF: dict[str, tuple[object, ...]] = {
@@ -79,37 +100,25 @@ OFF: dict[str, tuple[object, ...]] = {
     "cross_attention_hidden_size": (None,),
     "tie_encoder_decoder": (None, False),
     "pruned_heads": (None, {}),
-    # Generation settings that change a greedy continuation.
-    "repetition_penalty": (None, 1),
-    "encoder_no_repeat_ngram_size": (None, 0),
-    "no_repeat_ngram_size": (None, 0),
-    "min_length": (None, 0),
-    "num_beams": (None, 1),
-    "num_beam_groups": (None, 1),
-    "bad_words_ids": (None,),
-    "suppress_tokens": (None,),
-    "begin_suppress_tokens": (None,),
-    "forced_bos_token_id": (None,),
-    "forced_eos_token_id": (None,),
-    "exponential_decay_length_penalty": (None,),
+    **CHANGES_GREEDY,
 }
 
 # Keys that the functions below read.
-READ = frozenset(
+READ = _words(
     """
     architectures model_type num_hidden_layers hidden_size intermediate_size num_attention_heads num_key_value_heads
     head_dim vocab_size tie_word_embeddings rms_norm_eps max_position_embeddings hidden_act attention_bias
     sliding_window use_sliding_window max_window_layers layer_types rope_theta rope_scaling rope_parameters
     original_max_position_embeddings dtype torch_dtype bos_token_id eos_token_id
-    """.split()
+    """
 )
 
 ROPE_KEYS: dict[str, frozenset[str]] = {
     "default": frozenset(),
     "linear": frozenset({"factor"}),
     "llama3": frozenset({"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}),
-    "yarn": frozenset(
-        "factor original_max_position_embeddings attention_factor beta_fast beta_slow mscale mscale_all_dim truncate".split()
+    "yarn": _words(
+        "factor original_max_position_embeddings attention_factor beta_fast beta_slow mscale mscale_all_dim truncate"
     ),
 }
 
@@ -129,7 +138,9 @@ def spec_from_dir(path: str | Path) -> tuple[ModelSpec, Notes]:
     spec, notes = spec_from_config(read_json(source), str(source))
     generation = directory / "generation_config.json"
     if generation.exists():
-        spec = _with_generation(spec, _Config(read_json(generation), str(generation)))
+        settings = _Config(read_json(generation), str(generation))
+        spec = _with_generation(spec, settings)
+        notes += _generation_notes(settings)
     return spec, notes
 
 
@@ -342,9 +353,7 @@ def _qwen_window(cfg: _Config, layers: int, types: list[str] | None) -> tuple[in
     return window, sliding
 
 
-def _uniform_window(
-    cfg: _Config, family: str, layers: int, types: list[str] | None
-) -> tuple[int | None, list[int]]:
+def _uniform_window(cfg: _Config, family: str, layers: int, types: list[str] | None) -> tuple[int | None, list[int]]:
     """Mistral: the window holds for every layer. Llama: there is none."""
     if cfg.given("max_window_layers"):
         raise cfg.refuse("max_window_layers", f"not supported for family {family}")
@@ -512,6 +521,15 @@ def _with_generation(spec: ModelSpec, cfg: _Config) -> ModelSpec:
         spec = replace(spec, bos_token=cfg.integer("bos_token_id"))
     validate(spec, cfg.source)
     return spec
+
+
+def _generation_notes(cfg: _Config) -> Notes:
+    """A remark for each setting that generate() would apply and plain greedy decoding does not."""
+    return [
+        f"{cfg.source}: {key} = {_show(cfg.values[key])} is not applied: decoding is plain greedy"
+        for key, neutral in CHANGES_GREEDY.items()
+        if key in cfg.values and not _is_one_of(cfg.values[key], neutral)
+    ]
 
 
 def _name(source: str) -> str:

@@ -21,13 +21,14 @@ def inv_freq(spec: ModelSpec) -> F32:
     # taken in FP64 first, since FP32 powers differ between mathematics libraries.
     exponent = np.arange(0, spec.head_dim, 2, dtype=np.float32) / np.float32(spec.head_dim)
     theta = np.float64(np.float32(spec.rope.theta))
-    powers = (theta ** exponent.astype(np.float64)).astype(np.float32)
-    plain = (np.float32(1.0) / powers).astype(np.float32)
+    powers: F32 = (theta ** exponent.astype(np.float64)).astype(np.float32)
+    plain: F32 = (np.float32(1.0) / powers).astype(np.float32)
     scaling = spec.rope.scaling
     if scaling is None:
         return plain
     if scaling.type == "linear":
-        return (plain / np.float32(scaling.factor)).astype(np.float32)
+        linear: F32 = plain / np.float32(scaling.factor)
+        return linear
     if scaling.type == "llama3":
         return _llama3(plain, scaling)
     if scaling.type == "yarn":
@@ -89,7 +90,8 @@ def _yarn(powers: F32, dim: int, theta: float, scaling: RopeScaling) -> F32:
     kept = np.float32(1.0) - ramp.astype(np.float32)
     plain = np.float32(1.0) / powers
     stretched = np.float32(1.0) / (np.float32(scaling.factor) * powers)
-    return (stretched * (np.float32(1.0) - kept) + plain * kept).astype(np.float32)
+    out: F32 = (stretched * (np.float32(1.0) - kept) + plain * kept).astype(np.float32)
+    return out
 
 
 def _need(value: float | None) -> float:

@@ -54,9 +54,7 @@ class Table:
         wanted = list(keys)
         for key, line in self._lines.items():
             if key not in wanted:
-                raise KogcError(
-                    f"{self.file}:{line}: unknown key {self._prefix + key!r} (known: {', '.join(wanted)})"
-                )
+                raise KogcError(f"{self.file}:{line}: unknown key {self._prefix + key!r} (known: {', '.join(wanted)})")
         for key in wanted:
             self._node(key)
 
