@@ -74,7 +74,11 @@ class Weights:
 
 @dataclass(frozen=True)
 class Manifest:
-    """All that the loader needs to know before it touches the device. Sizes in bytes, contexts in tokens."""
+    """All that the loader needs to know before it touches the device. Sizes in bytes, contexts in tokens.
+
+    tools: `compiler` and `compiler_version`. entry_points: symbols of the binary by purpose (`generate`, `fill`).
+    hub: org/name@commit of a checkpoint from the hub. threads: of a block. sms: 0 on a CPU.
+    """
 
     kogc: str
     tools: dict[str, str]
@@ -103,6 +107,11 @@ class Manifest:
     notes: tuple[str, ...]
     files: dict[str, FileEntry]
     schema: int = SCHEMA
+
+    @property
+    def compiler(self) -> tuple[str, str]:
+        """Name and version of the compiler that made the binary."""
+        return self.tools["compiler"], self.tools["compiler_version"]
 
     def operand(self, name: str) -> Operand | None:
         """The operand of that name, None where the model has none."""
