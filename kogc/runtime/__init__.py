@@ -1,0 +1,279 @@
+"""What every target's runtime does alike: one launch at a time, tokens followed as they are made, a stall reported."""
+
+from __future__ import annotations
+
+import threading
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..artifact import Operand
+from ..errors import KogcError
+from ..plan.plan import CHUNK, Plan
+from .args import REPORT_WORDS, KernelArgs, kernel_args
+
+LINE = 128  # bytes: the stop word, the report and the ring do not share a cache line
+ALIGN = 4096  # of every operand in the weights file and in memory
+ONE = {"bf16": 0x3F80, "fp16": 0x3C00}  # 1.0 as raw 16 bits
+DUMMY_AMPLITUDE = 0.02 * 3**0.5  # uniform values of standard deviation 0.02, as models are initialised
+
+
+# Where the kernel waits, as templates/common/args.h numbers it.
+SITES = (
+    "stage full", "stage empty", "qkv", "partial attention", "attention", "attention output", "ffn hidden",
+    "ffn output", "argmax keys",
+)  # fmt: skip
+
+
+class Sink:
+    """Takes the bytes of the weights file in order, and hands them to the device."""
+
+    def __init__(self, runtime: Runtime) -> None:
+        self._runtime = runtime
+        self.written = 0
+
+    def write(self, data: bytes | bytearray | memoryview) -> int:
+        view = memoryview(data).cast("B")
+        self._runtime.upload(self.written, view)
+        self.written += len(view)
+        return len(view)
+
+
+@dataclass(frozen=True)
+class Program:
+    """What a runtime loads.
+
+    weights: the packed file; or a function that packs into a sink; or None for dummy weights, made on the device.
+    operands: their places in the weights (bytes); the device holds them in one buffer, laid out like the file.
+    inv_freq: float32[head_dim / 2]. rope: float32[max_context][head_dim / 2][2]. tools: versions that built it.
+    """
+
+    plan: Plan
+    binary: Path
+    operands: tuple[Operand, ...]
+    weights: Path | Callable[[Sink], None] | None
+    inv_freq: NDArray[np.float32]
+    rope: NDArray[np.float32]
+    tools: dict[str, str]
+
+    @property
+    def weights_bytes(self) -> int:
+        return max(o.offset + o.bytes for o in self.operands)
+
+    def operand(self, name: str) -> Operand:
+        """KeyError if the model has no such operand."""
+        for o in self.operands:
+            if o.name == name:
+                return o
+        raise KeyError(name)
+
+
+@dataclass(frozen=True)
+class Request:
+    """One launch: `prompt` is evaluated from position `start`, then up to `max_new` tokens are made greedily."""
+
+    prompt: tuple[int, ...]
+    start: int = 0
+    max_new: int = 0
+    stop: tuple[int, ...] = ()
+    logits: bool = False
+
+
+@dataclass(frozen=True)
+class Result:
+    """Tokens made; logits float32[len(prompt)][vocab] if asked for; kernel time in milliseconds."""
+
+    tokens: list[int]
+    logits: NDArray[np.float32] | None
+    milliseconds: float
+
+
+class HostWords:
+    """The words that host and kernel share: stop word, report, token ring (-1: not yet written)."""
+
+    def __init__(self, buffer: Any, ring: int) -> None:
+        words: NDArray[np.int32] = np.frombuffer(buffer, np.int32)
+        self.stop_word = words[:1]
+        self.report = words[LINE // 4 : LINE // 4 + REPORT_WORDS].view(np.uint32)
+        self.ring = words[2 * LINE // 4 : 2 * LINE // 4 + ring]
+
+    @staticmethod
+    def bytes(ring: int) -> int:
+        return 2 * LINE + ring * 4
+
+    @staticmethod
+    def pointers(base: int) -> dict[str, int]:
+        """Addresses of the three, for a buffer that the device sees at `base`."""
+        return {"stop_word": base, "report": base + LINE, "tokens": base + 2 * LINE}
+
+    def clear(self) -> None:
+        self.stop_word[:] = 0
+        self.report[:] = 0
+        self.ring[:] = -1
+
+
+class Runtime(ABC):
+    """A loaded kernel with its operands. Not for concurrent launches: a second one is refused while one runs."""
+
+    poll_seconds = 50e-6
+    words: HostWords
+
+    def __init__(self, program: Program) -> None:
+        self.program = program
+        self.plan = program.plan
+        self.last_timing = 0.0  # milliseconds that the last launch took on the device
+        self._lock = threading.Lock()  # held while a launch is under way
+        self._closed = False
+
+    # -- what a target provides
+
+    @abstractmethod
+    def _launch(self, args: KernelArgs, prompt: NDArray[np.int32], logits: bool) -> None:
+        """Start the kernel; fills in the prompt and logits pointers."""
+
+    @abstractmethod
+    def _done(self) -> bool:
+        """Whether the launch has ended; raises KogcError when it failed."""
+
+    @abstractmethod
+    def _wait(self) -> None:
+        """Block until the launch has ended and set last_timing; never raises because the kernel failed."""
+
+    @abstractmethod
+    def _pointers(self) -> dict[str, int]:
+        """Device addresses of operands, caches and shared words."""
+
+    @abstractmethod
+    def _read_logits(self, rows: int) -> NDArray[np.float32]:
+        """Copy of the last launch's logits."""
+
+    @abstractmethod
+    def upload(self, offset: int, data: memoryview) -> None:
+        """Copy bytes to `offset` of the weights."""
+
+    @abstractmethod
+    def _fill(self, name: str, offset: int, count: int, seed: int, amplitude: float, fp16: bool) -> None:
+        """Fill `count` 16-bit floats of an operand or 'kv', from byte `offset`, with uniform(-amplitude, amplitude)."""
+
+    @abstractmethod
+    def download(self, name: str, offset: int, count: int) -> NDArray[np.uint8]:
+        """Copy `count` bytes of an operand or 'kv', from byte `offset`; KeyError for an operand the model has not."""
+
+    @abstractmethod
+    def read_bandwidth(self) -> float:
+        """Bytes per second at which this machine reads the slabs when nothing else is done: the ceiling."""
+
+    @abstractmethod
+    def _free(self) -> None:
+        """Give everything back; called once."""
+
+    # -- what all share
+
+    def tokens(self, request: Request) -> Iterator[int]:
+        """Launch, and yield each token as soon as it is made. Closing the iterator stops the kernel and waits."""
+        if not self._lock.acquire(blocking=False):
+            raise KogcError("this session is already generating: finish or close that stream first")
+        try:
+            if self._closed:
+                raise KogcError("this session is closed")
+            self.words.clear()
+            args = kernel_args(self._pointers(), request.start, len(request.prompt), request.max_new, request.stop)
+            self._launch(args, np.asarray(request.prompt, np.int32), request.logits)
+            try:
+                yield from self._follow(request.max_new)
+            finally:
+                self.words.stop_word[0] = 1
+                self._wait()
+        finally:
+            self._lock.release()
+
+    def run(self, request: Request) -> Result:
+        """Launch and wait for the end."""
+        tokens = list(self.tokens(request))
+        logits = self._read_logits(len(request.prompt)) if request.logits else None
+        return Result(tokens, logits, self.last_timing)
+
+    def _follow(self, max_new: int) -> Iterator[int]:
+        made = 0
+        while True:
+            # Asked before the ring is read: what a finished kernel wrote is then surely seen.
+            done = self._ended()
+            while made < max_new and (token := int(self.words.ring[made])) >= 0:
+                made += 1
+                yield token
+            if done:
+                return
+            time.sleep(self.poll_seconds)
+
+    def _ended(self) -> bool:
+        """Whether the launch has ended; a stall is told from the kernel's own report, not from how it died."""
+        try:
+            done = self._done()
+        except KogcError:
+            if self.words.report[0]:
+                raise KogcError(stall_message(self.words.report)) from None
+            raise
+        if done and self.words.report[0]:
+            raise KogcError(stall_message(self.words.report))
+        return done
+
+    def fill_dummy(self) -> None:
+        """Random weights of realistic scale, made on the device; norm weights are 1."""
+        fp16 = self.plan.spec.dtype == "fp16"
+        for seed, o in enumerate(self.program.operands, start=1):
+            if o.name == "inv_freq":
+                self.upload(o.offset, memoryview(self.program.inv_freq.tobytes()))
+            elif o.name in ("norms", "qk_norms"):
+                ones = np.full(o.bytes // 2, ONE[self.plan.spec.dtype], np.uint16)
+                self.upload(o.offset, memoryview(ones.tobytes()))
+            else:
+                self._fill(o.name, 0, o.bytes // 2, seed, DUMMY_AMPLITUDE, fp16)
+
+    def fill_kv(self, positions: int) -> None:
+        """Fill the KV cache of every layer and head with random values up to `positions`, in whole chunks."""
+        spec = self.plan.spec
+        head = self.plan.kv_bytes // (spec.layers * spec.kv_heads)
+        chunks = min(-(-positions // CHUNK), self.plan.chunks)
+        count = chunks * CHUNK * spec.head_dim * 2
+        for i in range(spec.layers * spec.kv_heads if count else 0):
+            self._fill("kv", i * head, count, 1000 + i, 1.0, fp16=False)
+
+    def close(self) -> None:
+        """Stop a launch that is still under way, wait for it, and free everything. A second call does nothing."""
+        if self._closed:
+            return
+        self._closed = True
+        self._free()
+
+    def __enter__(self) -> Runtime:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def stall_message(report: NDArray[np.uint32]) -> str:
+    """One line from the kernel's report of a wait that never ended."""
+    block, thread, site, layer, step, expected, seen = (int(w) for w in report[1:8])
+    name = SITES[site] if site < len(SITES) else f"site {site}"
+    return (
+        f"the kernel stalled and stopped: block {block}, thread {thread} waited for {name!r} in layer {layer}, "
+        f"step {step} (expected {expected:#x}, saw {seen:#x}); load it again"
+    )
+
+
+def open_runtime(program: Program, device: int = 0) -> Runtime:
+    """The runtime of the plan's target; only its module, and the libraries that it needs, are imported."""
+    if program.plan.target == "cuda":
+        from .cuda import CudaRuntime
+
+        return CudaRuntime(program, device)
+    from .cpu import CpuRuntime
+
+    return CpuRuntime(program)

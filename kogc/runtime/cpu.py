@@ -1,0 +1,194 @@
+"""The CPU runtime: a shared library with a thread for every block, weights mapped from the file."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import mmap
+import os
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..errors import KogcError
+from . import HostWords, Program, Runtime, Sink
+from .args import KernelArgs
+
+CEILING_REPEATS = 5
+NO_RESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)  # named by Python 3.11
+
+
+class CpuRuntime(Runtime):
+    """See Runtime. With `oversubscribe`, more blocks than cores are allowed: correct, and very slow."""
+
+    # The kernel occupies every core; a host that wakes more often would delay the block beside it.
+    poll_seconds = 500e-6
+
+    def __init__(self, program: Program, oversubscribe: bool = False) -> None:
+        super().__init__(program)
+        _check_cpu(program, oversubscribe)
+        self._library = _open_library(program.binary)
+        self._rope = np.ascontiguousarray(program.rope, np.float32)
+        self._exchange = _aligned(self.plan.exchanges.bytes)
+        self._kv = _anonymous(self.plan.kv_bytes)
+        self._words = _aligned(HostWords.bytes(self.plan.max_context))
+        self.words = HostWords(self._words, self.plan.max_context)
+        self._thread: threading.Thread | None = None
+        self._status = 0
+        self._logits: NDArray[np.float32] = np.empty((0, self.plan.spec.vocab), np.float32)
+        self._load_weights()
+
+    def _load_weights(self) -> None:
+        source = self.program.weights
+        if isinstance(source, Path):
+            self._weights = _map_file(source, self.program.weights_bytes)
+            return
+        self._weights = _anonymous(self.program.weights_bytes)
+        if source is None:
+            self.fill_dummy()
+        else:
+            source(Sink(self))
+
+    def upload(self, offset: int, data: memoryview) -> None:
+        if offset + len(data) > self.program.weights_bytes:
+            raise KogcError("the packed weights are longer than the manifest says; rebuild the artifact")
+        self._weights[offset : offset + len(data)] = np.frombuffer(data, np.uint8)
+
+    # -- launching
+
+    def _launch(self, args: KernelArgs, prompt: NDArray[np.int32], logits: bool) -> None:
+        self._exchange[:] = 0
+        prompt = np.ascontiguousarray(prompt)
+        if logits:
+            self._logits = np.empty((len(prompt), self.plan.spec.vocab), np.float32)
+        args.prompt = prompt.ctypes.data
+        args.logits = self._logits.ctypes.data if logits else 0
+
+        def work() -> None:
+            before = time.perf_counter()
+            self._status = int(self._library.kogc_generate(ctypes.byref(args)))
+            self.last_timing = (time.perf_counter() - before) * 1e3
+            prompt.flags.writeable = False  # the closure keeps the prompt alive until here
+
+        self._thread = threading.Thread(target=work, name="kogc", daemon=True)
+        self._thread.start()
+
+    def _done(self) -> bool:
+        if self._thread is not None and self._thread.is_alive():
+            return False
+        if self._status != 0:
+            raise KogcError(f"the kernel failed with status {self._status}; load the artifact again")
+        return True
+
+    def _wait(self) -> None:
+        if self._thread is not None:
+            self._thread.join()
+
+    def _pointers(self) -> dict[str, int]:
+        base = self._weights.ctypes.data
+        operands = {o.name: base + o.offset for o in self.program.operands if o.name != "inv_freq"}
+        caches = {"rope": self._rope.ctypes.data, "kv": self._kv.ctypes.data, "exchange": self._exchange.ctypes.data}
+        return operands | caches | HostWords.pointers(self._words.ctypes.data)
+
+    # -- around a launch
+
+    def _read_logits(self, rows: int) -> NDArray[np.float32]:
+        return self._logits[:rows]
+
+    def _fill(self, name: str, offset: int, count: int, seed: int, amplitude: float, fp16: bool) -> None:
+        self._library.kogc_fill(self._view(name, offset, 2 * count).ctypes.data, count, seed, amplitude, int(fp16))
+
+    def _view(self, name: str, offset: int, count: int) -> NDArray[np.uint8]:
+        if name == "kv":
+            return self._kv[offset : offset + count]
+        start = self.program.operand(name).offset + offset
+        return self._weights[start : start + count]
+
+    def download(self, name: str, offset: int, count: int) -> NDArray[np.uint8]:
+        return np.array(self._view(name, offset, count))
+
+    def read_bandwidth(self) -> float:
+        slabs = self.program.operand("slabs")
+        address = self._view("slabs", 0, slabs.bytes).ctypes.data
+        best = min(self._time_read(address, slabs.bytes) for _ in range(CEILING_REPEATS))
+        return slabs.bytes / best
+
+    def _time_read(self, address: int, count: int) -> float:
+        before = time.perf_counter()
+        self._library.kogc_read_ceiling(address, count, self.plan.blocks)
+        return time.perf_counter() - before
+
+    def _free(self) -> None:
+        self.words.stop_word[0] = 1
+        self._wait()
+        empty = np.empty(0, np.uint8)
+        self._weights, self._kv, self._exchange = empty, empty, empty  # unmaps with the last reference
+
+
+def _check_cpu(program: Program, oversubscribe: bool) -> None:
+    """KogcError where this machine lacks an instruction set or has fewer cores than the plan has blocks."""
+    from ..targets.cpu_features import cpu_features
+
+    profile = program.plan.profile
+    missing = sorted(set(profile.flags) - set(cpu_features()))
+    if missing:
+        raise KogcError(f"built for {profile.name}; this CPU has no {', '.join(missing)}: rebuild with --gpu auto")
+    cores = len(os.sched_getaffinity(0))
+    if program.plan.blocks > cores and not oversubscribe:
+        has = f"this process may use {cores} core{'s' if cores != 1 else ''}"
+        raise KogcError(f"built for {program.plan.blocks} cores; {has}: rebuild with --gpu auto")
+
+
+def _open_library(path: Path) -> ctypes.CDLL:
+    try:
+        library = ctypes.CDLL(str(path.resolve()))
+        library.kogc_generate.argtypes = [ctypes.POINTER(KernelArgs)]
+        library.kogc_generate.restype = ctypes.c_int
+        pointer, u64 = ctypes.c_void_p, ctypes.c_uint64
+        library.kogc_fill.argtypes = [pointer, u64, ctypes.c_uint32, ctypes.c_float, ctypes.c_int32]
+        library.kogc_fill.restype = None
+        library.kogc_read_ceiling.argtypes = [pointer, u64, ctypes.c_int]
+        library.kogc_read_ceiling.restype = None
+    except (OSError, AttributeError) as error:
+        raise KogcError(f"{path}: the system does not load it ({error}); rebuild with --gpu auto") from None
+    return library
+
+
+def _anonymous(count: int) -> NDArray[np.uint8]:
+    """Zeroed memory, in huge pages where the system has them: a slab is read faster with fewer translations."""
+    try:
+        memory = mmap.mmap(-1, max(count, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | NO_RESERVE)
+    except OSError as error:
+        raise KogcError(f"no memory for {count / 1e9:.1f} GB ({error.strerror})") from None
+    _advise(memory, "MADV_HUGEPAGE")
+    return np.frombuffer(memory, np.uint8, count)
+
+
+def _map_file(path: Path, count: int) -> NDArray[np.uint8]:
+    try:
+        with path.open("rb") as file:
+            memory = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
+    except (OSError, ValueError) as error:
+        raise KogcError(f"{path}: {error}") from None
+    if len(memory) < count:
+        raise KogcError(f"{path}: {len(memory)} bytes, too few; rebuild the artifact")
+    for advice in ("MADV_HUGEPAGE", "MADV_WILLNEED"):
+        _advise(memory, advice)
+    return np.frombuffer(memory, np.uint8, count)
+
+
+def _advise(memory: mmap.mmap, advice: str) -> None:
+    """Best effort: a system without the advice serves the memory all the same."""
+    value = getattr(mmap, advice, None)
+    if value is None:
+        return
+    with contextlib.suppress(OSError):
+        memory.madvise(value)
+
+
+def _aligned(count: int) -> NDArray[np.uint8]:
+    """Zeroed bytes that start at a page."""
+    return np.frombuffer(mmap.mmap(-1, max(count, 1)), np.uint8, count)

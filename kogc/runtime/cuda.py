@@ -1,0 +1,262 @@
+"""The CUDA runtime: checks the device, loads the binary and the weights, launches, and follows the launch."""
+
+from __future__ import annotations
+
+import ctypes
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..errors import KogcError
+from . import HostWords, Program, Runtime, Sink
+from .args import THREADS, KernelArgs
+from .driver import Driver, check_driver, check_gpu, open_gpu
+from .upload import Uploader
+
+GENERATE, FILL, READ_CEILING = b"kogc_generate", b"kogc_fill", b"kogc_read_ceiling"
+FILL_BLOCKS, FILL_THREADS = 1024, 256
+CEILING_REPEATS = 10
+SPARE_BYTES = 256 << 20  # what a launch, the logits of a chunk and the driver may still need
+
+
+class CudaRuntime(Runtime):
+    """See Runtime. `device` counts the visible GPUs from 0; the primary context is shared with other libraries."""
+
+    def __init__(self, program: Program, device: int = 0) -> None:
+        super().__init__(program)
+        self._undo: list[Callable[[], None]] = []  # what close() does, last first
+        self._driver = Driver()
+        self._device, gpu = open_gpu(self._driver, device)
+        check_gpu(gpu, self.plan.profile)
+        check_driver(self._driver.version, program.tools)
+        try:
+            self._open()
+        except BaseException:
+            self.close()
+            raise
+
+    # -- loading
+
+    def _open(self) -> None:
+        self._context = self._driver.call("cuDevicePrimaryCtxRetain", self._device)
+        self._undo.append(lambda: self._driver.attempt("cuDevicePrimaryCtxRelease", self._device))
+        self._use_context()
+        self._check_memory()
+        self._load_binary()
+        self._stream = self._driver.call("cuStreamCreate", self._driver.CUstream_flags.CU_STREAM_NON_BLOCKING)
+        self._undo.append(lambda: self._driver.attempt("cuStreamDestroy", self._stream))
+        self._before, self._after = (self._event() for _ in range(2))
+        self._allocate()
+        self._load_weights()
+
+    def _use_context(self) -> None:
+        # The current context is a thread's own, and a session may move between threads.
+        self._driver.call("cuCtxSetCurrent", self._context)
+
+    def _check_memory(self) -> None:
+        free, total = self._driver.call("cuMemGetInfo")
+        plan = self.plan
+        need = self.program.weights_bytes + plan.kv_bytes + self.program.rope.nbytes + plan.exchanges.bytes
+        need += SPARE_BYTES
+        if need > free:
+            sizes = f"{need / 1e9:.1f} GB of GPU memory; {free / 1e9:.1f} of {total / 1e9:.1f} GB are free"
+            advice = "free some, or rebuild with a smaller --max-context"
+            raise KogcError(f"{plan.spec.name} with a context of {plan.max_context} needs {sizes}: {advice}")
+
+    def _load_binary(self) -> None:
+        driver, path = self._driver, self.program.binary
+        try:
+            image = path.read_bytes()
+        except OSError as error:
+            raise KogcError(f"{path}: {error.strerror}") from None
+        status, module = driver.cuModuleLoadData(image)
+        if status != driver.CUresult.CUDA_SUCCESS:
+            raise KogcError(f"{path}: the driver does not load it ({driver.name_of(status)}); rebuild the artifact")
+        self._module = module
+        self._undo.append(lambda: driver.attempt("cuModuleUnload", module))
+        self._generate = self._function(GENERATE)
+        self._check_resident()
+
+    def _function(self, name: bytes) -> Any:
+        status, function = self._driver.cuModuleGetFunction(self._module, name)
+        if status != self._driver.CUresult.CUDA_SUCCESS:
+            raise KogcError(f"{self.program.binary}: has no {name.decode()}; rebuild the artifact")
+        return function
+
+    def _check_resident(self) -> None:
+        """All blocks wait for each other, so all must be on the device at once."""
+        memory = self._allow_shared(self._generate)
+        each = self._driver.call("cuOccupancyMaxActiveBlocksPerMultiprocessor", self._generate, THREADS, memory)
+        if each * self.plan.profile.sms < self.plan.blocks:
+            room = f"{each * self.plan.profile.sms} blocks of this kernel fit the GPU, it has {self.plan.blocks}"
+            raise KogcError(f"{self.program.binary}: {room}; rebuild the artifact")
+
+    def _allow_shared(self, function: Any) -> int:
+        """Opt in to the plan's dynamic shared memory; returns its bytes."""
+        opt_in = self._driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+        self._driver.call("cuFuncSetAttribute", function, opt_in, self.plan.memory.bytes)
+        return self.plan.memory.bytes
+
+    def _event(self) -> Any:
+        event = self._driver.call("cuEventCreate", self._driver.CUevent_flags.CU_EVENT_DEFAULT)
+        self._undo.append(lambda: self._driver.attempt("cuEventDestroy", event))
+        return event
+
+    def _allocate(self) -> None:
+        plan, rope = self.plan, np.ascontiguousarray(self.program.rope, np.float32)
+        self._weights = self._alloc(self.program.weights_bytes)
+        self._kv = self._alloc(plan.kv_bytes)
+        self._rope = self._alloc(rope.nbytes)
+        self._exchange = self._alloc(plan.exchanges.bytes)
+        self._prompt = self._alloc(plan.max_context * 4)
+        self._logits, self._logits_bytes = 0, 0
+        self._driver.call("cuMemsetD8", self._kv, 0, plan.kv_bytes)
+        self._driver.call("cuMemcpyHtoD", self._rope, rope.ctypes.data, rope.nbytes)
+        self._share_words()
+
+    def _alloc(self, count: int) -> int:
+        address = int(self._driver.call("cuMemAlloc", count))
+        self._undo.append(lambda: self._driver.attempt("cuMemFree", address))
+        return address
+
+    def _share_words(self) -> None:
+        """Pinned memory that the kernel writes and the host reads meanwhile."""
+        driver = self._driver
+        size = HostWords.bytes(self.plan.max_context)
+        flags = driver.CU_MEMHOSTALLOC_DEVICEMAP | driver.CU_MEMHOSTALLOC_PORTABLE
+        address = int(driver.call("cuMemHostAlloc", size, flags))
+        self._undo.append(lambda: driver.attempt("cuMemFreeHost", address))
+        self._words_on_device = int(driver.call("cuMemHostGetDevicePointer", address, 0))
+        self.words = HostWords((ctypes.c_char * size).from_address(address), self.plan.max_context)
+
+    def _load_weights(self) -> None:
+        source = self.program.weights
+        self._uploader = Uploader(self._driver)
+        try:
+            if source is None:
+                self.fill_dummy()
+            elif isinstance(source, Path):
+                self._uploader.copy_file(self._weights, source, self.program.weights_bytes)
+            else:
+                source(Sink(self))
+            self._uploader.finish()
+            self._driver.call("cuStreamSynchronize", self._stream)
+        finally:
+            self._uploader.close()
+
+    def upload(self, offset: int, data: memoryview) -> None:
+        if offset + len(data) > self.program.weights_bytes:
+            raise KogcError("the packed weights are longer than the manifest says; rebuild the artifact")
+        self._uploader.copy(self._weights + offset, data)
+
+    # -- launching
+
+    def _launch(self, args: KernelArgs, prompt: NDArray[np.int32], logits: bool) -> None:
+        self._use_context()
+        driver, plan = self._driver, self.plan
+        args.logits = self._logits_buffer(len(prompt)) if logits else 0
+        driver.call("cuMemcpyHtoD", self._prompt, prompt.ctypes.data, prompt.nbytes)
+        driver.call("cuMemsetD8Async", self._exchange, 0, plan.exchanges.bytes, self._stream)
+        driver.call("cuEventRecord", self._before, self._stream)
+        self._start(self._generate, plan.blocks, THREADS, plan.memory.bytes, args, cooperative=True)
+        driver.call("cuEventRecord", self._after, self._stream)
+
+    def _start(
+        self, function: Any, blocks: int, threads: int, shared: int, *values: Any, cooperative: bool = False
+    ) -> None:
+        """Launch on the stream; `values` are ctypes objects, copied before this returns."""
+        pointers = (ctypes.c_void_p * len(values))(*[ctypes.addressof(v) for v in values])
+        where = ctypes.addressof(pointers)
+        shape = (blocks, 1, 1, threads, 1, 1, shared, self._stream)
+        if cooperative:
+            self._driver.call("cuLaunchCooperativeKernel", function, *shape, where)
+        else:
+            self._driver.call("cuLaunchKernel", function, *shape, where, 0)
+
+    def _done(self) -> bool:
+        driver = self._driver
+        status = driver.cuEventQuery(self._after)[0]
+        if status == driver.CUresult.CUDA_ERROR_NOT_READY:
+            return False
+        if status != driver.CUresult.CUDA_SUCCESS:
+            raise KogcError(f"the kernel failed: {driver.name_of(status)}; load the artifact again")
+        return True
+
+    def _wait(self) -> None:
+        driver = self._driver
+        status = driver.CUresult.CUDA_ERROR_NOT_READY
+        while status == driver.CUresult.CUDA_ERROR_NOT_READY:
+            status = driver.cuEventQuery(self._after)[0]
+            time.sleep(self.poll_seconds)
+        if status == driver.CUresult.CUDA_SUCCESS:
+            self.last_timing = self._milliseconds()
+
+    def _milliseconds(self) -> float:
+        return float(self._driver.call("cuEventElapsedTime", self._before, self._after))
+
+    def _pointers(self) -> dict[str, int]:
+        operands = {o.name: self._weights + o.offset for o in self.program.operands if o.name != "inv_freq"}
+        caches = {"rope": self._rope, "kv": self._kv, "exchange": self._exchange, "prompt": self._prompt}
+        return operands | caches | HostWords.pointers(self._words_on_device)
+
+    # -- around a launch
+
+    def _logits_buffer(self, rows: int) -> int:
+        need = rows * self.plan.spec.vocab * 4
+        if need > self._logits_bytes:
+            self._logits, self._logits_bytes = self._alloc(need), need
+        return self._logits
+
+    def _read_logits(self, rows: int) -> NDArray[np.float32]:
+        out = np.empty((rows, self.plan.spec.vocab), np.float32)
+        self._driver.call("cuMemcpyDtoH", out.ctypes.data, self._logits, out.nbytes)
+        return out
+
+    def _fill(self, name: str, offset: int, count: int, seed: int, amplitude: float, fp16: bool) -> None:
+        self._use_context()
+        values = (
+            ctypes.c_uint64(self._address(name) + offset), ctypes.c_uint64(count), ctypes.c_uint32(seed),
+            ctypes.c_float(amplitude), ctypes.c_int32(fp16),
+        )  # fmt: skip
+        self._start(self._function(FILL), FILL_BLOCKS, FILL_THREADS, 0, *values)
+
+    def _address(self, name: str) -> int:
+        return self._kv if name == "kv" else self._weights + self.program.operand(name).offset
+
+    def download(self, name: str, offset: int, count: int) -> NDArray[np.uint8]:
+        self._use_context()
+        out = np.empty(count, np.uint8)
+        self._driver.call("cuStreamSynchronize", self._stream)
+        self._driver.call("cuMemcpyDtoH", out.ctypes.data, self._address(name) + offset, count)
+        return out
+
+    def read_bandwidth(self) -> float:
+        self._use_context()
+        slabs = self.program.operand("slabs")
+        function = self._function(READ_CEILING)
+        shared = self._allow_shared(function)
+        sink = self._driver.call("cuMemAlloc", 4 * self.plan.blocks * THREADS)
+        values = ctypes.c_uint64(self._address("slabs")), ctypes.c_uint64(slabs.bytes), ctypes.c_uint64(int(sink))
+        try:
+            best = min(self._time(function, shared, values) for _ in range(CEILING_REPEATS))
+        finally:
+            self._driver.attempt("cuMemFree", sink)
+        return slabs.bytes / (best / 1e3)
+
+    def _time(self, function: Any, shared: int, values: tuple[Any, ...]) -> float:
+        driver = self._driver
+        driver.call("cuEventRecord", self._before, self._stream)
+        self._start(function, self.plan.blocks, THREADS, shared, *values)
+        driver.call("cuEventRecord", self._after, self._stream)
+        driver.call("cuEventSynchronize", self._after)
+        return self._milliseconds()
+
+    def _free(self) -> None:
+        if self._undo:
+            self._driver.attempt("cuCtxSetCurrent", self._context)
+        while self._undo:
+            self._undo.pop()()

@@ -1,0 +1,119 @@
+"""The CUDA driver API with errors as exceptions, and the checks that need no memory: driver, device, architecture."""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass
+from typing import Any
+
+from ..errors import KogcError
+from ..profile import GpuProfile
+
+
+class Driver:
+    """The driver library, initialised. KogcError where there is no binding, no driver or no GPU."""
+
+    def __init__(self) -> None:
+        try:
+            self.api: Any = importlib.import_module("cuda.bindings.driver")
+        except ImportError as error:
+            raise KogcError(f"running on a GPU needs cuda-bindings: pip install cuda-bindings ({error})") from None
+        try:
+            status = self.api.cuInit(0)[0]
+        except RuntimeError:  # the binding found no libcuda
+            raise KogcError("no NVIDIA driver on this machine (libcuda.so.1 was not found)") from None
+        if status == self.api.CUresult.CUDA_ERROR_NO_DEVICE:
+            raise KogcError("no NVIDIA GPU on this machine (or CUDA_VISIBLE_DEVICES hides it)")
+        if status != self.api.CUresult.CUDA_SUCCESS:
+            raise KogcError(f"the CUDA driver did not start: {self.name_of(status)}")
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.api, name)
+
+    def name_of(self, status: Any) -> str:
+        return str(getattr(status, "name", status))
+
+    def call(self, name: str, *args: Any) -> Any:
+        """Call `name`; returns its one value, a tuple of several, or None. KogcError names the call and its status."""
+        status, *values = getattr(self.api, name)(*args)
+        if status != self.api.CUresult.CUDA_SUCCESS:
+            raise KogcError(f"CUDA: {name}: {self.name_of(status)}")
+        return values[0] if len(values) == 1 else tuple(values) or None
+
+    def attempt(self, name: str, *args: Any) -> None:
+        """Call `name` while cleaning up: after a kernel died every call fails, and there is nothing left to undo."""
+        getattr(self.api, name)(*args)
+
+    @property
+    def version(self) -> tuple[int, int]:
+        """The CUDA version that the driver supports."""
+        number = int(self.call("cuDriverGetVersion"))
+        return number // 1000, number % 1000 // 10
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """What a device says of itself. capability: e.g. (9, 0)."""
+
+    name: str
+    capability: tuple[int, int]
+    sms: int
+    smem_per_block: int
+    memory_bytes: int
+
+
+def open_gpu(driver: Driver, ordinal: int) -> tuple[Any, Gpu]:
+    """Handle and facts of one device; KogcError for an ordinal that is not there."""
+    count = int(driver.call("cuDeviceGetCount"))
+    if not 0 <= ordinal < count:
+        raise KogcError(f"device {ordinal}: this machine has {count} GPU{'s' if count != 1 else ''}, numbered from 0")
+    handle = driver.call("cuDeviceGet", ordinal)
+    kinds = driver.CUdevice_attribute
+
+    def attribute(name: str) -> int:
+        return int(driver.call("cuDeviceGetAttribute", getattr(kinds, f"CU_DEVICE_ATTRIBUTE_{name}"), handle))
+
+    raw = driver.call("cuDeviceGetName", 256, handle)
+    capability = attribute("COMPUTE_CAPABILITY_MAJOR"), attribute("COMPUTE_CAPABILITY_MINOR")
+    smem = attribute("MAX_SHARED_MEMORY_PER_BLOCK_OPTIN")
+    memory = int(driver.call("cuDeviceTotalMem", handle))
+    return handle, Gpu(raw.split(b"\0")[0].decode(), capability, attribute("MULTIPROCESSOR_COUNT"), smem, memory)
+
+
+def check_gpu(gpu: Gpu, profile: GpuProfile) -> None:
+    """KogcError that says what to rebuild unless the binary, made for `profile`, can run on `gpu`."""
+    if _runs_on(profile, gpu):
+        return
+    major, minor = gpu.capability
+    here = f"{gpu.name} ({gpu.sms} SMs, compute capability {major}.{minor})"
+    built = f"built for {profile.name} ({profile.sms} SMs, {profile.arch})"
+    raise KogcError(f"{built}; this GPU is {here}: {_advice(gpu)}")
+
+
+def check_driver(version: tuple[int, int], tools: dict[str, str]) -> None:
+    """KogcError where the driver is older than the compiler's major version: it cannot load the binary."""
+    compiler = tools.get("nvrtc", "")
+    major = int(compiler.split(".")[0]) if compiler[:1].isdigit() else 12
+    if version[0] < major:
+        made_by = f"NVRTC {compiler}" if compiler else f"CUDA {major}"
+        have = f"{version[0]}.{version[1]}"
+        raise KogcError(f"the driver supports CUDA {have}, the binary was made by {made_by}: update the NVIDIA driver")
+
+
+def _runs_on(profile: GpuProfile, gpu: Gpu) -> bool:
+    major, minor = gpu.capability
+    same_arch = profile.arch.rstrip("af") == f"sm_{major}{minor}"
+    return same_arch and profile.sms == gpu.sms and profile.smem_per_block <= gpu.smem_per_block
+
+
+def _advice(gpu: Gpu) -> str:
+    """Which shipped profile fits the device. Where the profiles (the compiler's) are not installed, none is named."""
+    try:
+        from ..targets.detect_cuda import CudaDevice, profile_of
+
+        fitting = profile_of(CudaDevice(0, gpu.name, gpu.capability, gpu.sms, gpu.memory_bytes))
+    except (ImportError, KogcError):
+        fitting = None
+    if fitting:
+        return f"rebuild with --gpu {fitting}"
+    return "no shipped profile fits it: describe it in a YAML profile and rebuild with --gpu FILE.yaml"

@@ -1,0 +1,93 @@
+"""Host to device through two pinned buffers: one is filled while the other is copied from."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from ..errors import KogcError
+from .driver import Driver
+
+CHUNK_BYTES = 32 << 20
+READERS = 4  # one thread copies out of the page cache at half of what the bus takes
+
+
+class Uploader:
+    """Copies to device memory on a stream of its own. `close` waits for the copies and frees the buffers."""
+
+    def __init__(self, driver: Driver, chunk: int = CHUNK_BYTES) -> None:
+        self._driver = driver
+        self._chunk = chunk
+        self._stream = driver.call("cuStreamCreate", driver.CUstream_flags.CU_STREAM_NON_BLOCKING)
+        self._addresses: list[int] = []
+        self._events: list[Any] = []
+        for _ in range(2):
+            self._addresses.append(int(driver.call("cuMemHostAlloc", chunk, 0)))
+            self._events.append(driver.call("cuEventCreate", driver.CUevent_flags.CU_EVENT_DISABLE_TIMING))
+        self._turn = 0
+
+    def copy(self, target: int, data: memoryview) -> None:
+        """Copy host bytes to device address `target`; `data` may be reused at once."""
+
+        def take(into: memoryview, start: int) -> None:
+            into[:] = data[start : start + len(into)]
+
+        self._stage(target, len(data), take)
+
+    def copy_file(self, target: int, path: Path, count: int) -> None:
+        """Copy the first `count` bytes of a file. KogcError where it cannot be read or ends early."""
+        try:
+            file = os.open(path, os.O_RDONLY)
+        except OSError as error:
+            raise KogcError(f"{path}: {error.strerror}") from None
+        try:
+            with ThreadPoolExecutor(READERS) as pool:
+
+                def read(into: memoryview, start: int) -> None:
+                    part = -(-len(into) // READERS)
+                    starts = range(0, len(into), part)
+                    list(pool.map(lambda s: read_exactly(file, into[s : s + part], start + s, path), starts))
+
+                self._stage(target, count, read)
+        finally:
+            os.close(file)
+
+    def _stage(self, target: int, count: int, fill: Callable[[memoryview, int], None]) -> None:
+        for start in range(0, count, self._chunk):
+            size = min(self._chunk, count - start)
+            address, event = self._addresses[self._turn], self._events[self._turn]
+            self._driver.call("cuEventSynchronize", event)  # until the last copy from this buffer is through
+            fill(memoryview((ctypes.c_char * size).from_address(address)).cast("B"), start)
+            self._driver.call("cuMemcpyHtoDAsync", target + start, address, size, self._stream)
+            self._driver.call("cuEventRecord", event, self._stream)
+            self._turn = 1 - self._turn
+
+    def finish(self) -> None:
+        """Wait for every copy; KogcError if one failed."""
+        self._driver.call("cuStreamSynchronize", self._stream)
+
+    def close(self) -> None:
+        self._driver.attempt("cuStreamSynchronize", self._stream)
+        for address in self._addresses:
+            self._driver.attempt("cuMemFreeHost", address)
+        for event in self._events:
+            self._driver.attempt("cuEventDestroy", event)
+        self._driver.attempt("cuStreamDestroy", self._stream)
+        self._addresses, self._events = [], []
+
+
+def read_exactly(file: int, into: memoryview, offset: int, path: Path) -> None:
+    """Fill `into` from byte `offset` of an open file; KogcError naming `path` where it ends early."""
+    done = 0
+    while done < len(into):
+        try:
+            got = os.preadv(file, [into[done:]], offset + done)
+        except OSError as error:
+            raise KogcError(f"{path}: {error.strerror}") from None
+        if got == 0:
+            raise KogcError(f"{path}: ends at byte {offset + done}, too early; rebuild the artifact")
+        done += got
