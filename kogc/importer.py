@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import KogcError
-from .spec import ModelSpec, Rope, RopeScaling, validate
+from .spec import MAX_LAYERS, MAX_SIZE, ModelSpec, Rope, RopeScaling, validate
 
 ARCHITECTURES = {
     "LlamaForCausalLM": "llama",
@@ -149,9 +149,9 @@ def spec_from_config(config: Mapping[str, Any], source: str) -> tuple[ModelSpec,
     cfg = _Config(config, source)
     family = _family(cfg)
     _refuse_unsupported(cfg, family)
-    layers = cfg.integer("num_hidden_layers")
-    heads = cfg.integer("num_attention_heads")
-    hidden = cfg.integer("hidden_size")
+    layers = cfg.size("num_hidden_layers", limit=MAX_LAYERS)
+    heads = cfg.size("num_attention_heads")
+    hidden = cfg.size("hidden_size")
     window, window_layers = _windows(cfg, family, layers)
     dtype, notes = _dtype(cfg)
     spec = ModelSpec(
@@ -159,14 +159,14 @@ def spec_from_config(config: Mapping[str, Any], source: str) -> tuple[ModelSpec,
         family=family,
         layers=layers,
         hidden=hidden,
-        ffn=cfg.integer("intermediate_size"),
+        ffn=cfg.size("intermediate_size"),
         heads=heads,
         kv_heads=_kv_heads(cfg, family, heads),
         head_dim=_head_dim(cfg, family, hidden, heads),
-        vocab=cfg.integer("vocab_size"),
+        vocab=cfg.size("vocab_size"),
         tied_embeddings=cfg.boolean("tie_word_embeddings", False),
-        norm_eps=cfg.number("rms_norm_eps"),
-        max_context=cfg.integer("max_position_embeddings"),
+        norm_eps=_norm_eps(cfg),
+        max_context=cfg.size("max_position_embeddings"),
         qkv_bias=family == "qwen2",
         qk_norm=family == "qwen3",
         sliding_window=window,
@@ -215,7 +215,7 @@ class _Config:
         self.prefix = prefix
 
     def refuse(self, key: str, why: str) -> KogcError:
-        return KogcError(f"{self.source}: {self.prefix}{key} = {_show(self.values.get(key))}: {why}")
+        return KogcError(f"{self.source}: {self.prefix}{_plain(key)} = {_show(self.values.get(key))}: {why}")
 
     def given(self, key: str) -> bool:
         return self.values.get(key) is not None
@@ -224,6 +224,14 @@ class _Config:
         value = self._value(key, default)
         if isinstance(value, bool) or not isinstance(value, int):
             raise self.refuse(key, "expected an integer")
+        if not -(1 << 53) < value < 1 << 53:
+            raise self.refuse(key, "out of range")
+        return value
+
+    def size(self, key: str, default: int | None = None, limit: int = MAX_SIZE) -> int:
+        value = self.integer(key, default)
+        if not 1 <= value <= limit:
+            raise self.refuse(key, f"must be 1 to {limit}")
         return value
 
     def number(self, key: str, default: float | None = None) -> float:
@@ -295,19 +303,26 @@ def _is_one_of(value: object, allowed: Iterable[object]) -> bool:
     return any(value == a and isinstance(value, bool) == isinstance(a, bool) for a in allowed)
 
 
+def _norm_eps(cfg: _Config) -> float:
+    eps = cfg.number("rms_norm_eps")
+    if not 0.0 < eps < 1.0:
+        raise cfg.refuse("rms_norm_eps", "must be above 0 and below 1")
+    return eps
+
+
 def _kv_heads(cfg: _Config, family: str, heads: int) -> int:
     if "num_key_value_heads" not in cfg.values and family != "llama":
         # These families' class defaults are fixed numbers that fit one model only.
         raise KogcError(f"{cfg.source}: missing key num_key_value_heads")
-    return cfg.integer("num_key_value_heads", heads)
+    return cfg.size("num_key_value_heads", heads)
 
 
 def _head_dim(cfg: _Config, family: str, hidden: int, heads: int) -> int:
     if cfg.given("head_dim"):
-        return cfg.integer("head_dim")
+        return cfg.size("head_dim")
     if family == "qwen3" and "head_dim" not in cfg.values:
         return 128
-    if heads < 1 or hidden % heads:
+    if hidden % heads:
         raise cfg.refuse("num_attention_heads", f"does not divide hidden_size ({hidden})")
     return hidden // heads
 
@@ -319,8 +334,6 @@ def _windows(cfg: _Config, family: str, layers: int) -> tuple[int | None, tuple[
         window, sliding = _qwen_window(cfg, layers, types)
     else:
         window, sliding = _uniform_window(cfg, family, layers, types)
-    if window is not None and window < 1:
-        raise cfg.refuse("sliding_window", "must be at least 1")
     if window is None or not sliding:
         return None, None
     return window, None if len(sliding) == layers else tuple(sliding)
@@ -375,7 +388,7 @@ def _optional_window(cfg: _Config, default: int) -> int | None:
     """null means none; an absent key means the class default."""
     if "sliding_window" not in cfg.values:
         return default
-    return cfg.integer("sliding_window") if cfg.given("sliding_window") else None
+    return cfg.size("sliding_window") if cfg.given("sliding_window") else None
 
 
 def _rope(cfg: _Config) -> Rope:
@@ -409,7 +422,7 @@ def _rope_section(cfg: _Config) -> _Config:
     for key, value in found.items():
         for inner, item in value.items():
             if isinstance(item, dict):
-                raise KogcError(f"{cfg.source}: {key}.{inner}: rotary settings by layer type are not supported")
+                raise KogcError(f"{cfg.source}: {key}.{_plain(inner)}: rotary settings by layer type are not supported")
         return _Config(value, cfg.source, f"{key}.")
     return _Config({}, cfg.source, "rope_parameters.")
 
@@ -438,11 +451,9 @@ def _rope_scaling(cfg: _Config, rope: _Config, kind: str) -> RopeScaling:
         return RopeScaling("linear", rope.number("factor"))
     # A top-level value wins; without any, the scaling starts from the context that the configuration states.
     if cfg.given("original_max_position_embeddings"):
-        original = cfg.integer("original_max_position_embeddings")
+        original = cfg.size("original_max_position_embeddings")
     else:
-        original = rope.integer("original_max_position_embeddings", cfg.integer("max_position_embeddings"))
-    if original < 1:
-        raise rope.refuse("original_max_position_embeddings", f"must be at least 1, is {original}")
+        original = rope.size("original_max_position_embeddings", cfg.size("max_position_embeddings"))
     if kind == "llama3":
         return RopeScaling(
             "llama3",
@@ -451,7 +462,7 @@ def _rope_scaling(cfg: _Config, rope: _Config, kind: str) -> RopeScaling:
             high_freq_factor=rope.number("high_freq_factor"),
             original_max_position=original,
         )
-    factor = rope.number("factor", cfg.integer("max_position_embeddings") / original)
+    factor = rope.number("factor", cfg.size("max_position_embeddings") / original)
     return RopeScaling(
         "yarn",
         factor,
@@ -542,6 +553,11 @@ def _name(source: str) -> str:
 def _show(value: object) -> str:
     text = json.dumps(value, default=str)
     return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _plain(key: str) -> str:
+    """A key as it stands, or quoted where it holds what would break the line or the terminal."""
+    return key if key.isprintable() and len(key) <= 80 else _show(key)
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -65,10 +65,12 @@ def _llama3(plain: F32, scaling: RopeScaling) -> F32:
     original = float(_need(scaling.original_max_position))
     low, high = _need(scaling.low_freq_factor), _need(scaling.high_freq_factor)
     factor = np.float32(scaling.factor)
-    wavelength = (np.float32(2 * math.pi) / plain).astype(np.float32)
+    # The reference divides a number by a tensor as reciprocal, then product: two roundings.
+    one = np.float32(1.0)
+    wavelength: F32 = (one / plain) * np.float32(2 * math.pi)
     stretched = np.where(wavelength > np.float32(original / low), plain / factor, plain).astype(np.float32)
-    smooth = (np.float32(original) / wavelength - np.float32(low)) / np.float32(high - low)
-    blended = (np.float32(1.0) - smooth) * stretched / factor + smooth * stretched
+    smooth = ((one / wavelength) * np.float32(original) - np.float32(low)) / np.float32(high - low)
+    blended = (one - smooth) * stretched / factor + smooth * stretched
     between = (wavelength >= np.float32(original / high)) & (wavelength <= np.float32(original / low))
     return np.where(between, blended, stretched).astype(np.float32)
 
