@@ -319,7 +319,7 @@ def show(out: Path, held_out: Tensor, device: torch.device) -> None:
     """Load what was written, as a user would, and print its validation loss and two samples."""
     tokenizer = Tokenizer.from_file(str(out / "tokenizer.json"))
     model = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32).to(device).eval()
-    loss = evaluate(model, held_out, tokenizer.token_to_id(BOS), device)
+    loss = evaluate(model, held_out, model.config.bos_token_id, device)
     say(f"checkpoint in BF16: validation loss {loss:.3f} nats a token")
     for prompt in PROMPTS:
         say(f"--- greedy, from {prompt!r}\n{continue_greedily(model, tokenizer, prompt, 160, device)}")
