@@ -5,7 +5,6 @@ All sizes are counts of elements. The activation is always SiLU; attention score
 
 from __future__ import annotations
 
-import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,8 @@ DTYPES = ("bf16", "fp16")
 HEAD_DIMS = (32, 64, 96, 128)
 MAX_LAYERS = 1024
 MAX_SIZE = 1 << 24
+# Rotary numbers and their products stay inside FP32.
+MAX_ROPE = 1e12
 
 SCALING_KEYS: dict[str, tuple[str, ...]] = {
     "linear": ("factor",),
@@ -311,8 +312,8 @@ def _window_problem(spec: ModelSpec) -> tuple[str, str] | None:
 
 
 def _rope_problem(spec: ModelSpec) -> tuple[str, str] | None:
-    if not (math.isfinite(spec.rope.theta) and spec.rope.theta > 1.0):
-        return "rope.theta", f"{spec.rope.theta} must be above 1"
+    if not 1.0 < spec.rope.theta <= MAX_ROPE:
+        return "rope.theta", f"{spec.rope.theta} must be above 1 and at most {MAX_ROPE:g}"
     scaling = spec.rope.scaling
     if scaling is None:
         return None
@@ -322,8 +323,8 @@ def _rope_problem(spec: ModelSpec) -> tuple[str, str] | None:
         value = getattr(scaling, key)
         if value is None:
             return f"rope.scaling.{key}", f"needed by type {scaling.type}"
-        if key != "truncate" and not 0 < value < float("inf"):
-            return f"rope.scaling.{key}", f"{value} must be above 0"
+        if key != "truncate" and not 1 / MAX_ROPE <= value <= MAX_ROPE:
+            return f"rope.scaling.{key}", f"{value} is outside {1 / MAX_ROPE:g} to {MAX_ROPE:g}"
     if scaling.factor < 1.0:
         return "rope.scaling.factor", f"{scaling.factor} must be at least 1"
     if scaling.type == "llama3":

@@ -181,6 +181,8 @@ def test_missing_keys() -> None:
         ("sliding_window: null", "sliding_window: 0", "x.yaml:15: sliding_window: 0 is outside"),
         ("sliding_layers: null", "sliding_layers: [0]", "x.yaml:16: sliding_layers: given without sliding_window"),
         ("theta: 10000", "theta: 1", "x.yaml:18: rope.theta: 1.0 must be above 1"),
+        ("theta: 10000", "theta: 1e300", "x.yaml:18: rope.theta: 1e+300 must be"),
+        ("scaling: null", "scaling: {type: linear, factor: 1e300}", "x.yaml:19: rope.scaling.factor: 1e+300 is"),
         ("scaling: null", "scaling: linear", "x.yaml:19: rope.scaling: expected a mapping"),
         ("scaling: null", "scaling: {type: longrope}", "x.yaml:19: rope.scaling.type: unknown rope scaling 'longrope'"),
         ("scaling: null", "scaling: {type: linear}", "x.yaml:19: missing key 'rope.scaling.factor'"),
