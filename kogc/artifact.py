@@ -76,8 +76,8 @@ class Weights:
 class Manifest:
     """All that the loader needs to know before it touches the device. Sizes in bytes, contexts in tokens.
 
-    tools: `compiler` and `compiler_version`. entry_points: symbols of the binary by purpose (`generate`, `fill`).
-    hub: org/name@commit of a checkpoint from the hub. threads: of a block. sms: 0 on a CPU.
+    tools: version of the compiler by its name (`nvrtc`: `13.0`). entry_points: symbols of the binary by
+    purpose (`generate`, `fill`). hub: org/name@commit of a checkpoint from the hub. threads: of a block.
     """
 
     kogc: str
@@ -107,11 +107,6 @@ class Manifest:
     notes: tuple[str, ...]
     files: dict[str, FileEntry]
     schema: int = SCHEMA
-
-    @property
-    def compiler(self) -> tuple[str, str]:
-        """Name and version of the compiler that made the binary."""
-        return self.tools["compiler"], self.tools["compiler_version"]
 
     def operand(self, name: str) -> Operand | None:
         """The operand of that name, None where the model has none."""

@@ -1,0 +1,367 @@
+"""The build: model, GPU profile and options become an artifact directory.
+
+The order is: everything that can be refused first, then the compile, then the weights; all of it beside the
+artifact's place, which is taken only at the end.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from . import __version__, targets
+from .artifact import (
+    BINARY,
+    DUMMY,
+    GENERATION_CONFIG,
+    MANIFEST,
+    MAX_STOP_TOKENS,
+    PACKED,
+    REFERENCE,
+    SOURCE,
+    SPEC,
+    TOKENIZER,
+    WEIGHTS,
+    FileEntry,
+    Manifest,
+    Operand,
+    Weights,
+    Writer,
+    check_replaceable,
+    hash_file,
+    read_manifest,
+)
+from .cache import content_key, default_cache
+from .commands.progress import byte_progress, spinner
+from .errors import KogcError, UsageError
+from .model_source import ModelSource, find_model
+from .plan.plan import Options, Plan, make_plan
+from .profile import load_profile
+from .spec import dump_spec
+
+if TYPE_CHECKING:
+    from .checkpoint import Checkpoint
+    from .render import Rendered
+
+LAYOUTS = {
+    "slabs": "a slab per block: layers of qkv, o, gate_up, down, then head; units of [columns/32][rows][32]",
+    "norms": "input and post-attention norm of each layer, then the final norm",
+    "qk_norms": "query norm, key norm of each layer",
+    "qkv_bias": "query, key, value rows of each layer",
+}
+SUFFIX = {"cuda": ".cu", "cpu": ".cpp"}
+
+
+@dataclass(frozen=True)
+class BuildOptions:
+    """What the command line chooses. `dry_run` plans, renders and checks, and writes no artifact."""
+
+    max_context: int | None = None
+    blocks: int | None = None
+    dummy_weights: bool = False
+    weights_by_reference: bool = False
+    dump_source: Path | None = None
+    dry_run: bool = False
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A model, its plan, and remarks for the user (one line each)."""
+
+    source: ModelSource
+    plan: Plan
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class BuildResult:
+    """`out` is None after a dry run; `up_to_date`: the artifact was there already and nothing was done."""
+
+    plan: Plan
+    notes: tuple[str, ...]
+    out: Path | None
+    up_to_date: bool
+    source_bytes: int
+    artifact_bytes: int
+    seconds: float
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "model": self.plan.spec.name,
+            "gpu": self.plan.profile.name,
+            "blocks": self.plan.blocks,
+            "max_context": self.plan.max_context,
+            "out": None if self.out is None else str(self.out),
+            "up_to_date": self.up_to_date,
+            "source_bytes": self.source_bytes,
+            "artifact_bytes": self.artifact_bytes,
+            "seconds": round(self.seconds, 3),
+            "notes": list(self.notes),
+        }
+
+
+def prepare(model: str, gpu: str, max_context: int | None = None, blocks: int | None = None) -> Prepared:
+    """Find the model and make its plan; `gpu` is a profile's name or file, or `auto` for this machine."""
+    notes: list[str] = []
+    if gpu == "auto":
+        gpu, note = targets.detect_profile()
+        notes += [note] if note else []
+    profile = load_profile(gpu)
+    source = find_model(model)
+    if profile.target != "cpu":
+        plan = make_plan(source.spec, profile, Options(max_context, blocks))
+    else:
+        # A CPU's size is a fact of the machine at hand: it decides the plan, but the profile is kept as it is.
+        here = replace(profile, memory_bytes=profile.memory_bytes or _machine_memory())
+        cores = blocks or profile.blocks or len(os.sched_getaffinity(0))
+        plan = replace(make_plan(source.spec, here, Options(max_context, cores)), profile=profile)
+    return Prepared(source, plan, (*notes, *source.notes, *plan.notes))
+
+
+def _machine_memory() -> int:
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def build(model: str, gpu: str, out: Path | None, options: BuildOptions = BuildOptions()) -> BuildResult:
+    """Build an artifact at `out` (see BuildOptions). KogcError or UsageError for all that the user can change."""
+    started = time.monotonic()
+    _check_options(out, options)
+    prepared = prepare(model, gpu, options.max_context, options.blocks)
+    _check_weights(model, prepared, options)
+    from .render import render
+
+    job = _Job(prepared, render(prepared.plan), options)
+    if options.dump_source is not None:
+        _dump_source(job, options.dump_source)
+    up_to_date = False
+    if not options.dry_run:
+        assert out is not None
+        up_to_date = job.run(out)
+    size = 0 if options.dry_run or out is None else _artifact_bytes(out)
+    return BuildResult(
+        plan=prepared.plan,
+        notes=(*prepared.notes, *job.notes),
+        out=None if options.dry_run else out,
+        up_to_date=up_to_date,
+        source_bytes=len(job.rendered.source.encode()),
+        artifact_bytes=size,
+        seconds=time.monotonic() - started,
+    )
+
+
+def _check_options(out: Path | None, options: BuildOptions) -> None:
+    if options.dummy_weights and options.weights_by_reference:
+        raise UsageError("--dummy-weights and --weights-by-reference exclude each other")
+    if options.dry_run:
+        return
+    if out is None:
+        raise UsageError("-o DIR is missing: where should the artifact go?")
+    check_replaceable(out)
+
+
+def _check_weights(model: str, prepared: Prepared, options: BuildOptions) -> None:
+    if prepared.source.directory is None and not options.dummy_weights and not options.dry_run:
+        raise UsageError(f"{model} is a spec and has no weights: give a checkpoint, or --dummy-weights")
+    if len(prepared.plan.spec.eos_tokens) > MAX_STOP_TOKENS:
+        raise KogcError(f"{model}: eos_tokens: {len(prepared.plan.spec.eos_tokens)}, at most {MAX_STOP_TOKENS} fit")
+
+
+def _dump_source(job: _Job, directory: Path) -> None:
+    try:
+        for name, text in job.source_files():
+            path = directory / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise KogcError(f"--dump-source {directory}: {error.strerror}") from None
+
+
+def _artifact_bytes(out: Path) -> int:
+    return sum(entry.bytes for entry in read_manifest(out).files.values())
+
+
+@dataclass
+class _Job:
+    """One build after all choices are made."""
+
+    prepared: Prepared
+    rendered: Rendered
+    options: BuildOptions
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def plan(self) -> Plan:
+        return self.prepared.plan
+
+    @property
+    def directory(self) -> Path | None:
+        """The checkpoint whose weights go in; None for dummy weights."""
+        return None if self.options.dummy_weights else self.prepared.source.directory
+
+    def source_files(self) -> list[tuple[str, str]]:
+        """Name and text of the kernel source and the headers it includes."""
+        main = f"monokernel{SUFFIX[self.plan.target]}"
+        return [(main, self.rendered.source), *sorted(self.rendered.headers.items())]
+
+    def run(self, out: Path) -> bool:
+        """Build unless `out` is the result of the same build already; True when it is."""
+        compiler = targets.compiler(self.plan)
+        stamp = _Stamp(out, self._inputs(compiler))
+        if stamp.holds():
+            return True
+        if self.directory is None:
+            self._write(out, compiler, None)
+        else:
+            from .checkpoint import open_checkpoint
+
+            with open_checkpoint(self.directory, self.plan.spec) as checkpoint:
+                self.notes += checkpoint.notes
+                self._write(out, compiler, checkpoint)
+        stamp.renew()
+        return False
+
+    def _inputs(self, compiler: tuple[str, str]) -> Iterable[str]:
+        """Everything that decides the artifact's bytes; weights by size and time, as make does."""
+        yield from (__version__, *compiler, repr(self.plan), self.prepared.source.location, repr(self.options))
+        for name, text in self.source_files():
+            yield from (name, text)
+        if self.prepared.source.directory is not None:
+            for path in sorted(self.prepared.source.directory.iterdir()):
+                stat = path.stat()
+                yield f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns}"
+
+    def _write(self, out: Path, compiler: tuple[str, str], checkpoint: Checkpoint | None) -> None:
+        with spinner(f"compiling with {' '.join(compiler)}"):
+            binary = targets.compile_binary(self.rendered, self.plan)
+        with Writer(out) as writer:
+            writer.add(BINARY, binary)
+            writer.add(SPEC, dump_spec(self.plan.spec).encode())
+            for name, text in self.source_files():
+                writer.add(f"{SOURCE}/{name}", text.encode())
+            self._copy_texts(writer)
+            weights = self._weights(writer, checkpoint)
+            writer.finish(self._manifest(compiler, weights, writer.files))
+
+    def _copy_texts(self, writer: Writer) -> None:
+        """The tokenizer and the generation settings, where the checkpoint has them."""
+        source = self.prepared.source.directory
+        for name in (TOKENIZER, GENERATION_CONFIG):
+            if source is not None and (source / name).is_file():
+                writer.add(name, _read(source / name))
+        if TOKENIZER not in writer.files:
+            self.notes.append(f"no {TOKENIZER}: the artifact takes and gives token ids only")
+
+    def _weights(self, writer: Writer, checkpoint: Checkpoint | None) -> Weights:
+        if checkpoint is None:
+            return Weights(DUMMY)
+        if self.options.weights_by_reference:
+            return Weights(REFERENCE, self.prepared.source.location, _hash_all(checkpoint))
+        _pack(self.plan, checkpoint, writer)
+        return Weights(PACKED)
+
+    def _manifest(self, compiler: tuple[str, str], weights: Weights, files: dict[str, FileEntry]) -> Manifest:
+        from .packing import operands, total_bytes
+
+        plan, source = self.plan, self.prepared.source
+        config = None if source.directory is None else hash_file(source.directory / "config.json").sha256
+        return Manifest(
+            kogc=__version__,
+            tools={compiler[0]: compiler[1]},
+            model=plan.spec.name,
+            spec=plan.spec,
+            config_sha256=config,
+            hub=source.hub,
+            target=plan.target,
+            arch=plan.profile.arch,
+            sms=plan.profile.sms,
+            profile=plan.profile,
+            blocks=plan.blocks,
+            threads=targets.THREADS[plan.target],
+            shared_memory=plan.memory.bytes if plan.target == "cuda" else 0,
+            entry_points=targets.ENTRY_POINTS,
+            operands=tuple(
+                Operand(o.name, o.dtype, o.shape, o.offset, o.bytes, LAYOUTS.get(o.name, "row major"))
+                for o in operands(plan)
+            ),
+            weights=weights,
+            weights_bytes=total_bytes(plan),
+            slab_bytes=plan.slab_bytes,
+            kv_bytes=plan.kv_bytes,
+            exchange_bytes=plan.exchanges.bytes,
+            max_context=plan.max_context,
+            rope_scaling=plan.spec.rope.scaling,
+            stop_tokens=plan.spec.eos_tokens,
+            knobs=plan.knobs,
+            notes=plan.notes,  # other remarks name files of this machine
+            files=dict(files),
+        )
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise KogcError(f"{path}: {error.strerror}") from None
+
+
+def _pack(plan: Plan, checkpoint: Checkpoint, writer: Writer) -> None:
+    from .packing import total_bytes, write_weights
+
+    size = total_bytes(plan)
+    with byte_progress("packing weights", size) as advance:
+        shown = 0
+
+        def progress(done: int, total: int) -> None:
+            nonlocal shown
+            now = size * done // total
+            advance(now - shown)
+            shown = now
+
+        try:
+            write_weights(plan, checkpoint, writer.root / WEIGHTS, progress)
+        except KogcError as error:  # the user knows the artifact's place, not the one it is built in
+            raise KogcError(str(error).replace(str(writer.root), str(writer.out))) from None
+    with byte_progress("hashing weights", size) as advance:
+        writer.files[WEIGHTS] = hash_file(writer.root / WEIGHTS, advance)
+
+
+def _hash_all(checkpoint: Checkpoint) -> dict[str, FileEntry]:
+    total = sum(path.stat().st_size for path in checkpoint.files)
+    with byte_progress("hashing checkpoint", total) as advance:
+        return {path.name: hash_file(path, advance) for path in checkpoint.files}
+
+
+class _Stamp:
+    """Remembers, in the cache, which inputs made the artifact at a place, and what its files looked like then.
+
+    It is kept outside the artifact, whose bytes must not depend on times and places.
+    """
+
+    def __init__(self, out: Path, inputs: Iterable[str]) -> None:
+        self._out = out
+        self._cache = default_cache()
+        self._key = content_key(["artifact", str(out.resolve()), *inputs])
+
+    def holds(self) -> bool:
+        """Whether the artifact is there, untouched since it was made from the same inputs."""
+        kept = self._cache.get(self._key)
+        return kept is not None and kept == self._look()
+
+    def renew(self) -> None:
+        look = self._look()
+        if look is not None:
+            self._cache.put(self._key, look)
+
+    def _look(self) -> bytes | None:
+        """Size and time of every file of the artifact; None where it is not whole."""
+        try:
+            names = [MANIFEST, *read_manifest(self._out).files]
+            stats = [(self._out / name).stat() for name in names]
+        except (KogcError, OSError):
+            return None
+        return json.dumps([[n, s.st_size, s.st_mtime_ns] for n, s in zip(names, stats, strict=True)]).encode()

@@ -1,0 +1,84 @@
+"""`kogc plan`: the phase table, without building anything."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+
+@click.command("plan")
+@click.argument("model")
+@click.option("--gpu", default="auto", show_default=True, help="Profile (see `kogc gpus`), or auto.")
+@click.option("--max-context", type=click.IntRange(min=1), metavar="N", help="Longest context in tokens.")
+@click.option("--blocks", type=click.IntRange(min=1), metavar="N", help="Number of blocks.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def command(model: str, gpu: str, max_context: int | None, blocks: int | None, as_json: bool) -> None:
+    """Show how the work of MODEL (checkpoint, spec or hub id) is cut, and what a token costs."""
+    from ..build import prepare
+    from ..phase_table import phase_table
+    from .output import emit_json, remark
+
+    prepared = prepare(model, gpu, max_context, blocks)
+    data = phase_table(prepared.plan)
+    if as_json:
+        emit_json(data)
+        return
+    for note in prepared.notes:
+        remark(note)
+    click.echo("\n\n".join([_head(data), _phases(data), _exchanges(data), *_shared_memory(data), _costs(data)]))
+
+
+def _head(data: dict[str, Any]) -> str:
+    from .output import size
+
+    attention = data["attention"]
+    return (
+        f"{data['model']} on {data['gpu']} ({data['target']}, {data['arch']}): {data['blocks']} blocks, "
+        f"{data['layers']} layers, context {data['max_context']:,}\n"
+        f"slab {size(data['slab_bytes'])} a block, KV cache {size(data['kv_cache_bytes'])}\n"
+        f"attention: {attention['units']} units of {attention['heads_per_block']} query heads, "
+        f"the context of each shared by {attention['splits']} blocks"
+    )
+
+
+def _phases(data: dict[str, Any]) -> str:
+    from .output import span, table
+
+    rows = [
+        (p["name"], p["times"], p["rows"], p["columns"], p["unit"], span(p["rows_per_block"]),
+         span(p["bytes_per_block"]), p["stages"] or "-")
+        for p in data["phases"]
+    ]  # fmt: skip
+    return table(("phase", "times", "rows", "columns", "unit", "rows/block", "bytes/block", "stages"), rows)
+
+
+def _exchanges(data: dict[str, Any]) -> str:
+    from .output import table
+
+    return table(("exchange", "words", "bytes"), [(e["name"], e["words"], e["bytes"]) for e in data["exchanges"]])
+
+
+def _shared_memory(data: dict[str, Any]) -> list[str]:
+    from .output import table
+
+    memory = data["shared_memory"]
+    if not memory["regions"]:
+        return []
+    title = f"shared memory: {memory['bytes']:,} bytes, ring of {memory['stages']} stages of {memory['stage_bytes']:,}"
+    rows = [(region["name"], region["offset"], region["bytes"]) for region in memory["regions"]]
+    return [f"{title}\n{table(('region', 'offset', 'bytes'), rows)}"]
+
+
+def _costs(data: dict[str, Any]) -> str:
+    from .output import size, table
+
+    rows = []
+    for cost in data["per_token"]:
+        seconds = cost["seconds_at_ceiling"]
+        speed = (f"{seconds * 1e6:,.0f} us", f"{1 / seconds:,.0f}") if seconds else ("-", "-")
+        rows.append((cost["depth"], size(cost["weight_bytes"]), size(cost["kv_bytes"]), *speed))
+    ceiling = data["ceiling"]
+    bandwidth = f"{size(ceiling['bandwidth'])}/s, " if ceiling["bandwidth"] else ""
+    headers = ("depth", "weights/token", "KV/token", "at the ceiling", "tokens/s")
+    return f"read ceiling: {bandwidth}{ceiling['how']}\n{table(headers, rows)}"
