@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 
-@click.command("build")
+@click.command("build", short_help="Compile a model for one GPU.")
 @click.argument("model", metavar="CHECKPOINT|SPEC")
 @click.option("--gpu", default="auto", show_default=True, help="Profile (see `kogc gpus`), or auto: this machine.")
 @click.option("-o", "out", type=click.Path(path_type=Path), help="Directory of the artifact.")

@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 
-@click.command("doctor")
+@click.command("doctor", short_help="Look at this machine.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def command(as_json: bool) -> int:
     """Look at this machine: packages, compilers, GPUs, CPU features, caches. Exit status 1 if nothing can be built."""

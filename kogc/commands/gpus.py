@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 
-@click.command("gpus")
+@click.command("gpus", short_help="List the GPU and CPU profiles.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def command(as_json: bool) -> None:
     """List the GPU and CPU profiles, and what is known of each."""

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from ..artifact import Manifest
 
 
-@click.command("inspect")
+@click.command("inspect", short_help="Show what an artifact is.")
 @click.argument("artifact", metavar="DIR")
 @click.option("--json", "as_json", is_flag=True, help="Print the manifest as JSON.")
 def command(artifact: str, as_json: bool) -> None:

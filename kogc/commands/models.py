@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 
-@click.command("models")
+@click.command("models", short_help="List the model specs.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def command(as_json: bool) -> None:
     """List the model specs: parameters, and weight bytes read per token."""

@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 
-@click.command("plan")
+@click.command("plan", short_help="Show how the work is cut, and what a token costs.")
 @click.argument("model")
 @click.option("--gpu", default="auto", show_default=True, help="Profile (see `kogc gpus`), or auto.")
 @click.option("--max-context", type=click.IntRange(min=1), metavar="N", help="Longest context in tokens.")

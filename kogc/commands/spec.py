@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 
-@click.command("spec")
+@click.command("spec", short_help="Write the spec of a checkpoint.")
 @click.argument("checkpoint", metavar="DIR")
 @click.option("-o", "out", type=click.Path(path_type=Path), help="Write the YAML to this file.")
 def command(checkpoint: str, out: Path | None) -> None:

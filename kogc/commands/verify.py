@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 
-@click.command("verify")
+@click.command("verify", short_help="Hash an artifact's files again.")
 @click.argument("artifact", metavar="DIR")
 def command(artifact: str) -> None:
     """Hash every file of an artifact again and compare with its manifest."""

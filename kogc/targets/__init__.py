@@ -1,7 +1,8 @@
-"""The targets. A target module offers two functions:
+"""The targets. A target module offers three functions:
 
-compile(rendered, plan, cache) -> bytes   the binary of a rendered kernel, from the cache where it is there already
-compiler(plan) -> (name, version)         what would compile it; KogcError where there is no compiler
+version() -> str                            name and version of the compiler ("nvrtc 13.0"); KogcError without one
+options(plan) -> list[str]                  compiler options that change the binary
+compile_binary(rendered, plan) -> bytes     the binary of a rendered kernel
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import TYPE_CHECKING, TypeVar
 
-from ..cache import Cache, default_cache
+from ..cache import Cache, content_key, default_cache
 from ..errors import KogcError
 
 if TYPE_CHECKING:
@@ -27,22 +28,24 @@ THREADS = {"cuda": 288, "cpu": 1}  # of a block; cuda: 8 consumer warps and the 
 
 
 def compile_binary(rendered: Rendered, plan: Plan, cache: Cache | None = None) -> bytes:
-    """Compile a rendered kernel for the plan's target: a cubin (cuda) or a shared library (cpu)."""
-    module = _target(plan.target)
+    """A rendered kernel as a cubin (cuda) or a shared library (cpu), from the cache where it is there already."""
+    target = _target(plan.target)
     kept = default_cache() if cache is None else cache
+    headers = [text for item in sorted(rendered.headers.items()) for text in item]
+    key = content_key([plan.target, target.version(), *target.options(plan), rendered.source, *headers])
 
     def work() -> bytes:
-        binary: bytes = module.compile(rendered, plan, kept)
+        binary: bytes = target.compile_binary(rendered, plan)
         return binary
 
     # NVRTC is one long call into C, in which Ctrl-C would wait; the host compiler is a process, which Ctrl-C ends.
-    return _interruptible(work) if plan.target == "cuda" else work()
+    return kept.get_or_make(key, lambda: _interruptible(work) if plan.target == "cuda" else work())
 
 
 def compiler(plan: Plan) -> tuple[str, str]:
     """Name and version of the compiler that compile_binary would use."""
-    name, version = _target(plan.target).compiler(plan)
-    return str(name), str(version)
+    name, _, version = str(_target(plan.target).version()).rpartition(" ")
+    return name, version
 
 
 def detect_profile() -> tuple[str, str | None]:

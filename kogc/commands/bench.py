@@ -1,0 +1,57 @@
+"""`kogc bench`: tokens per second at given depths of context."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+import click
+
+
+def _depths(ctx: click.Context, param: click.Parameter, value: str) -> list[int]:
+    try:
+        depths = [int(word) for word in value.split(",")]
+    except ValueError:
+        depths = [-1]
+    if min(depths) < 0:
+        raise click.BadParameter(f"{value}: not a list of depths such as 0,512,4096")
+    return depths
+
+
+@click.command("bench", short_help="Measure tokens per second.")
+@click.argument("model", metavar="DIR|SPEC")
+@click.option("--gpu", default="auto", show_default=True, help="Profile, for a model that is not built yet.")
+@click.option("--dummy-weights", is_flag=True, help="Build the model with random weights for this run.")
+@click.option("--max-context", type=click.IntRange(min=1), metavar="N", help="Longest context of that build.")
+@click.option("--blocks", type=click.IntRange(min=1), metavar="N", help="Number of blocks of that build.")
+@click.option("-n", "count", type=click.IntRange(min=1), default=128, show_default=True, help="Tokens to generate.")
+@click.option("-d", "depths", default="0,512,4096", show_default=True, callback=_depths, help="Context depths.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def command(
+    model: str,
+    gpu: str,
+    dummy_weights: bool,
+    max_context: int | None,
+    blocks: int | None,
+    count: int,
+    depths: list[int],
+    as_json: bool,
+) -> None:
+    """Measure an artifact; with --dummy-weights any spec, checkpoint or hub id."""
+    from ..artifact import MANIFEST
+    from ..bench import run_bench
+    from ..build import BuildOptions, build
+    from ..errors import UsageError
+    from .output import emit_json
+
+    if (Path(model) / MANIFEST).is_file():
+        report = run_bench(Path(model), count, depths, as_json)
+    elif not dummy_weights:
+        raise UsageError(f"{model} is not an artifact: build it first, or bench it with --dummy-weights")
+    else:
+        with tempfile.TemporaryDirectory(prefix="kogc-bench-") as directory:
+            out = Path(directory) / "artifact"
+            build(model, gpu, out, BuildOptions(max_context, blocks, dummy_weights=True))
+            report = run_bench(out, count, depths, as_json)
+    if as_json:
+        emit_json(report)
