@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,25 +31,11 @@ SITES = (
 )  # fmt: skip
 
 
-class Sink:
-    """Takes the bytes of the weights file in order, and hands them to the device."""
-
-    def __init__(self, runtime: Runtime) -> None:
-        self._runtime = runtime
-        self.written = 0
-
-    def write(self, data: bytes | bytearray | memoryview) -> int:
-        view = memoryview(data).cast("B")
-        self._runtime.upload(self.written, view)
-        self.written += len(view)
-        return len(view)
-
-
 @dataclass(frozen=True)
 class Program:
     """What a runtime loads.
 
-    weights: the packed file; or a function that packs into a sink; or None for dummy weights, made on the device.
+    weights: the packed file, or None for dummy weights, made on the device.
     operands: their places in the weights (bytes); the device holds them in one buffer, laid out like the file.
     inv_freq: float32[head_dim / 2]. rope: float32[max_context][head_dim / 2][2]. tools: versions that built it.
     """
@@ -57,7 +43,7 @@ class Program:
     plan: Plan
     binary: Path
     operands: tuple[Operand, ...]
-    weights: Path | Callable[[Sink], None] | None
+    weights: Path | None
     inv_freq: NDArray[np.float32]
     rope: NDArray[np.float32]
     tools: dict[str, str]
@@ -67,7 +53,9 @@ class Program:
         return max(o.offset + o.bytes for o in self.operands)
 
     def operand(self, name: str) -> Operand:
-        """KeyError if the model has no such operand."""
+        """KeyError if the model has no such operand; 'weights' is all of them, as in the file."""
+        if name == "weights":
+            return Operand(name, "uint8", (self.weights_bytes,), 0, self.weights_bytes, "")
         for o in self.operands:
             if o.name == name:
                 return o
@@ -163,11 +151,11 @@ class Runtime(ABC):
 
     @abstractmethod
     def download(self, name: str, offset: int, count: int) -> NDArray[np.uint8]:
-        """Copy `count` bytes of an operand or 'kv', from byte `offset`; KeyError for an operand the model has not."""
+        """Copy `count` bytes of an operand, of 'weights' or 'kv', from byte `offset`; KeyError for an unknown name."""
 
     @abstractmethod
     def read_bandwidth(self) -> float:
-        """Bytes per second at which this machine reads the slabs when nothing else is done: the ceiling."""
+        """Bytes per second at which this machine reads memory when nothing else is done: the ceiling."""
 
     @abstractmethod
     def _free(self) -> None:
@@ -175,7 +163,7 @@ class Runtime(ABC):
 
     # -- what all share
 
-    def tokens(self, request: Request) -> Iterator[int]:
+    def tokens(self, request: Request) -> Generator[int, None, None]:
         """Launch, and yield each token as soon as it is made. Closing the iterator stops the kernel and waits."""
         if not self._lock.acquire(blocking=False):
             raise KogcError("this session is already generating: finish or close that stream first")
@@ -268,7 +256,7 @@ def stall_message(report: NDArray[np.uint32]) -> str:
     )
 
 
-def open_runtime(program: Program, device: int = 0) -> Runtime:
+def open_runtime(program: Program, device: int = 0, oversubscribe: bool = False) -> Runtime:
     """The runtime of the plan's target; only its module, and the libraries that it needs, are imported."""
     if program.plan.target == "cuda":
         from .cuda import CudaRuntime
@@ -276,4 +264,4 @@ def open_runtime(program: Program, device: int = 0) -> Runtime:
         return CudaRuntime(program, device)
     from .cpu import CpuRuntime
 
-    return CpuRuntime(program)
+    return CpuRuntime(program, oversubscribe)

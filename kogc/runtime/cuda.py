@@ -5,14 +5,13 @@ from __future__ import annotations
 import ctypes
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import KogcError
-from . import HostWords, Program, Runtime, Sink
+from . import HostWords, Program, Runtime
 from .args import THREADS, KernelArgs
 from .driver import Driver, check_driver, check_gpu, open_gpu
 from .upload import Uploader
@@ -20,6 +19,7 @@ from .upload import Uploader
 GENERATE, FILL, READ_CEILING = b"kogc_generate", b"kogc_fill", b"kogc_read_ceiling"
 FILL_BLOCKS, FILL_THREADS = 1024, 256
 CEILING_REPEATS = 10
+CACHE_MULTIPLE = 8  # bytes read for the ceiling, at least, in L2 sizes
 SPARE_BYTES = 256 << 20  # what a launch, the logits of a chunk and the driver may still need
 
 
@@ -139,18 +139,14 @@ class CudaRuntime(Runtime):
         try:
             if source is None:
                 self.fill_dummy()
-            elif isinstance(source, Path):
-                self._uploader.copy_file(self._weights, source, self.program.weights_bytes)
             else:
-                source(Sink(self))
+                self._uploader.copy_file(self._weights, source, self.program.weights_bytes)
             self._uploader.finish()
             self._driver.call("cuStreamSynchronize", self._stream)
         finally:
             self._uploader.close()
 
     def upload(self, offset: int, data: memoryview) -> None:
-        if offset + len(data) > self.program.weights_bytes:
-            raise KogcError("the packed weights are longer than the manifest says; rebuild the artifact")
         self._uploader.copy(self._weights + offset, data)
 
     # -- launching
@@ -236,16 +232,23 @@ class CudaRuntime(Runtime):
 
     def read_bandwidth(self) -> float:
         self._use_context()
-        slabs = self.program.operand("slabs")
         function = self._function(READ_CEILING)
         shared = self._allow_shared(function)
-        sink = self._driver.call("cuMemAlloc", 4 * self.plan.blocks * THREADS)
-        values = ctypes.c_uint64(self._address("slabs")), ctypes.c_uint64(slabs.bytes), ctypes.c_uint64(int(sink))
+        address, count = self._address("slabs"), self.program.operand("slabs").bytes
+        scratch = 0
+        if count < CACHE_MULTIPLE * self.plan.profile.l2_bytes:  # would be read from the cache: read something larger
+            count = CACHE_MULTIPLE * self.plan.profile.l2_bytes
+            address = scratch = int(self._driver.call("cuMemAlloc", count))
+        round_ = self.plan.blocks * self.plan.knobs.stage_bytes  # the kernel reads whole stages in every block
+        count = count // round_ * round_
+        sink = self._alloc(4)
+        values = ctypes.c_uint64(address), ctypes.c_uint64(count), ctypes.c_uint64(sink)
         try:
             best = min(self._time(function, shared, values) for _ in range(CEILING_REPEATS))
         finally:
-            self._driver.attempt("cuMemFree", sink)
-        return slabs.bytes / (best / 1e3)
+            if scratch:
+                self._driver.attempt("cuMemFree", scratch)
+        return count / (best / 1e3)
 
     def _time(self, function: Any, shared: int, values: tuple[Any, ...]) -> float:
         driver = self._driver

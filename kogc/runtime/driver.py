@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -93,7 +94,7 @@ def check_gpu(gpu: Gpu, profile: GpuProfile) -> None:
 def check_driver(version: tuple[int, int], tools: dict[str, str]) -> None:
     """KogcError where the driver is older than the compiler's major version: it cannot load the binary."""
     compiler = tools.get("nvrtc", "")
-    major = int(compiler.split(".")[0]) if compiler[:1].isdigit() else 12
+    major = int(number[0]) if (number := re.match(r"\d+", compiler)) else 12
     if version[0] < major:
         made_by = f"NVRTC {compiler}" if compiler else f"CUDA {major}"
         have = f"{version[0]}.{version[1]}"

@@ -1,0 +1,147 @@
+"""Tokens per second at chosen depths, beside the machine's own read ceiling and a comparison with the reference.
+
+No speed leaves this module without a comparison that passed in the same run on the same device.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from .compare import Comparison, compare, require
+from .errors import KogcError, UsageError
+from .plan.plan import Plan
+from .runtime import Request, Runtime
+from .session import load
+
+HEADERS = ("model", "size", "target", "test", "t/s", "GB/token", "GB/s", "ceiling GB/s", "share", "comparison")
+
+
+@dataclass(frozen=True)
+class Speed:
+    """One row: n tokens generated from `depth`. Rates are medians over the repeats; bytes are what must be read.
+
+    spread: standard deviation of tokens_per_second over the repeats. share: of the memory's read ceiling, measured in
+    the same run; weights that stay in a cache may be read faster than that.
+    """
+
+    test: str
+    depth: int
+    n: int
+    tokens_per_second: float
+    spread: float
+    bytes_per_token: float
+    bytes_per_second: float
+    share: float
+
+
+def run_bench(
+    artifact_dir: str | os.PathLike[str],
+    n: int = 128,
+    depths: Sequence[int] = (0,),
+    json: bool = False,
+    repeat: int = 3,
+    device: int = 0,
+) -> dict[str, Any]:
+    """Load an artifact, compare it with the reference, and time n tokens at each depth. Speeds in tokens/s, bytes/s.
+
+    Prints the table, unless the caller wants to print the result as JSON. KogcError if the comparison fails (nothing
+    is timed then) or a depth does not fit the context.
+    """
+    with load(Path(artifact_dir), device) as session:
+        runtime = session.runtime
+        _check(runtime.plan, n, depths, repeat)
+        comparison = compare(runtime, tuple(depths))
+        require(comparison)
+        ceiling = runtime.read_bandwidth()
+        speeds = [_speed(runtime, depth, n, repeat, ceiling) for depth in depths]
+        result = _result(runtime, speeds, ceiling, repeat, comparison)
+    if not json:
+        print(table(result))
+    return result
+
+
+def table(result: dict[str, Any]) -> str:
+    """The result as llama-bench prints its own: a Markdown table, and below it what was compared."""
+    rows = [HEADERS, *(_row(result, speed) for speed in result["tests"])]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(HEADERS))]
+    left = 4  # columns of words; the rest are numbers, but for the last
+
+    def line(row: Sequence[str]) -> str:
+        cells = [c.ljust(w) if i < left else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))]
+        return "| " + " | ".join(cells) + " |"
+
+    rule = "| " + " | ".join("-" * w if i < left else "-" * (w - 1) + ":" for i, w in enumerate(widths)) + " |"
+    return "\n".join([line(rows[0]), rule, *map(line, rows[1:]), f"comparison: {result['comparison']['summary']}"])
+
+
+def _check(plan: Plan, n: int, depths: Sequence[int], repeat: int) -> None:
+    if n < 1 or repeat < 1 or not depths or min(depths) < 0:
+        raise UsageError("bench needs at least one token, one repeat and one depth, none of them negative")
+    longest = max(depths) + 1 + n
+    if longest > plan.max_context:
+        have = f"the artifact has {plan.max_context}: rebuild with a larger --max-context, or choose another -d or -n"
+        raise KogcError(f"depth {max(depths)} and {n} tokens need {longest} positions, {have}")
+
+
+def _speed(runtime: Runtime, depth: int, n: int, repeat: int, ceiling: float) -> Speed:
+    """One token as the prompt at position `depth`, then n tokens; no stop token ends them."""
+    runtime.fill_kv(depth)
+    request = Request((runtime.plan.spec.bos_token or 0,), start=depth, max_new=n)
+    runtime.run(request)  # the first launch also pays for loading code and waking clocks
+    rates = []
+    for _ in range(repeat):
+        result = runtime.run(request)
+        if len(result.tokens) != n:
+            raise KogcError(f"the kernel made {len(result.tokens)} of {n} tokens at depth {depth}")
+        rates.append(n / (result.milliseconds / 1e3))
+    rate = statistics.median(rates)
+    per_token = runtime.plan.weight_bytes + _mean_kv_bytes(runtime.plan, depth, n)
+    spread = statistics.stdev(rates) if repeat > 1 else 0.0
+    test = f"tg{n}" + (f" @ d{depth}" if depth else "")
+    return Speed(test, depth, n, rate, spread, per_token, per_token * rate, per_token * rate / ceiling)
+
+
+def _mean_kv_bytes(plan: Plan, depth: int, n: int) -> float:
+    """KV bytes read a token, on average over the n tokens: the first sees `depth` earlier positions."""
+    return statistics.fmean(plan.kv_bytes_read(position) for position in range(depth, depth + n))
+
+
+def _result(
+    runtime: Runtime, speeds: list[Speed], ceiling: float, repeat: int, comparison: Comparison
+) -> dict[str, Any]:
+    plan = runtime.plan
+    return {
+        "model": plan.spec.name,
+        "dtype": plan.spec.dtype,
+        "weight_bytes": plan.weight_bytes,
+        "dummy_weights": runtime.program.weights is None,
+        "target": plan.target,
+        "gpu": plan.profile.name,
+        "blocks": plan.blocks,
+        "max_context": plan.max_context,
+        "repeat": repeat,
+        "ceiling_bytes_per_second": ceiling,
+        "tests": [asdict(speed) for speed in speeds],
+        "comparison": {**comparison.to_json(), "summary": comparison.summary()},
+    }
+
+
+def _row(result: dict[str, Any], speed: dict[str, Any]) -> tuple[str, ...]:
+    model = result["model"] + (" (dummy)" if result["dummy_weights"] else "")
+    return (
+        f"{model} {result['dtype']}",
+        f"{result['weight_bytes'] / 1e9:.2f} GB",
+        f"{result['gpu']} x{result['blocks']}",
+        speed["test"],
+        f"{speed['tokens_per_second']:.2f} ± {speed['spread']:.2f}",
+        f"{speed['bytes_per_token'] / 1e9:.3f}",
+        f"{speed['bytes_per_second'] / 1e9:.1f}",
+        f"{result['ceiling_bytes_per_second'] / 1e9:.1f}",
+        f"{100 * speed['share']:.1f} %",
+        f"passed {result['comparison']['relative_error']:.1e}",
+    )

@@ -1,0 +1,156 @@
+"""Does the kernel compute the model? Its logits against the FP32 reference, from the very weights on the device."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .errors import KogcError
+from .kv_layout import unpack_kv
+from .packing import SlabWeights
+from .plan.plan import CHUNK
+from .reference import KeyValue, Reference
+from .runtime import Request, Result, Runtime
+
+POSITIONS = 16  # teacher-forced from depth 0
+NEW_TOKENS = 16  # generated after them, for the test that two runs agree
+# Relative L2 error of a position's logits: the kernel rounds activations to the weights' type where the usual
+# implementations do, the reference nowhere; BF16 keeps 8 bits, FP16 11.
+LIMITS = {"bf16": 1e-2, "fp16": 3e-3}
+DECIDED = 4.0  # the reference's choice counts where its top two differ by more than this many largest errors
+
+
+@dataclass(frozen=True)
+class Depth:
+    """The comparison at one depth. relative_error: the worst position's; decided: positions whose best token is clear.
+
+    agreeing: decided positions where kernel and reference choose the same token. Errors without unit.
+    """
+
+    depth: int
+    positions: int
+    relative_error: float
+    decided: int
+    agreeing: int
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """`repeatable`: two launches gave the same bits. `consistent`: each token made is the best of its logits."""
+
+    depths: tuple[Depth, ...]
+    limit: float
+    repeatable: bool
+    consistent: bool
+
+    @property
+    def relative_error(self) -> float:
+        return max(d.relative_error for d in self.depths)
+
+    @property
+    def problems(self) -> list[str]:
+        """What failed, one phrase each; empty when all is well."""
+        found = [] if self.repeatable else ["two runs of the same launch differ"]
+        if not self.consistent:
+            found.append("a generated token is not the best of its own logits")
+        for d in self.depths:
+            if not d.relative_error <= self.limit:  # written so that NaN fails
+                error = f"relative logit error {d.relative_error:.2e} (limit {self.limit:.0e})"
+                found.append(f"depth {d.depth}: {error}")
+            if d.agreeing < d.decided:
+                found.append(f"depth {d.depth}: {d.decided - d.agreeing} of {d.decided} clear greedy tokens differ")
+        return found
+
+    def to_json(self) -> dict[str, Any]:
+        return {**asdict(self), "passed": not self.problems, "relative_error": self.relative_error}
+
+    def summary(self) -> str:
+        """One line for people."""
+        where = ", ".join(f"{d.positions} at depth {d.depth}" for d in self.depths)
+        decided, agreeing = sum(d.decided for d in self.depths), sum(d.agreeing for d in self.depths)
+        return (
+            f"FP32 reference on the device's own weights, positions: {where}; largest relative logit error "
+            f"{self.relative_error:.1e} (limit {self.limit:.0e}); greedy tokens agree at {agreeing} of {decided} clear "
+            "positions; two runs bit-identical"
+        )
+
+
+def compare(runtime: Runtime, depths: tuple[int, ...] = (), seed: int = 0) -> Comparison:
+    """Compare at depth 0, and at each other depth over a KV cache of random values. Overwrites the KV cache.
+
+    Takes about as long as reading the weights back and multiplying by them on the CPU, once a depth.
+    """
+    reference = Reference(runtime.plan.spec, _weights(runtime))
+    rng = np.random.default_rng(seed)
+    found = [_at_start(runtime, reference, rng)]
+    checked = [found[0][0], *(_at_depth(runtime, reference, rng, d) for d in depths if d > 0)]
+    return Comparison(tuple(checked), LIMITS[runtime.plan.spec.dtype], found[0][1], found[0][2])
+
+
+def require(comparison: Comparison) -> None:
+    """KogcError with all that failed."""
+    if comparison.problems:
+        what = "; ".join(comparison.problems)
+        raise KogcError(f"the comparison with the FP32 reference failed, so no speed is given: {what}")
+
+
+def _weights(runtime: Runtime) -> SlabWeights:
+    return SlabWeights(runtime.plan, lambda offset, n: runtime.download("weights", offset, n).tobytes())
+
+
+def _tokens(runtime: Runtime, rng: np.random.Generator, count: int) -> tuple[int, ...]:
+    return tuple(int(t) for t in rng.integers(0, runtime.plan.spec.vocab, count))
+
+
+def _at_start(runtime: Runtime, reference: Reference, rng: np.random.Generator) -> tuple[Depth, bool, bool]:
+    """The comparison at depth 0, whether a second run is bit-identical, and whether tokens follow from logits."""
+    count = min(POSITIONS, runtime.plan.max_context)
+    prompt = _tokens(runtime, rng, count)
+    request = Request(prompt, max_new=min(NEW_TOKENS, runtime.plan.max_context - count), logits=True)
+    first, second = _run(runtime, request), _run(runtime, request)
+    assert first.logits is not None
+    assert second.logits is not None
+    same = first.tokens == second.tokens and np.array_equal(first.logits.view("u4"), second.logits.view("u4"))
+    consistent = not request.max_new or first.tokens[:1] == [int(first.logits[-1].argmax())]
+    return _difference(0, first.logits, reference.logits(prompt)), same, consistent
+
+
+def _at_depth(runtime: Runtime, reference: Reference, rng: np.random.Generator, depth: int) -> Depth:
+    runtime.fill_kv(depth)
+    prompt = _tokens(runtime, rng, 1)
+    past = [_past(runtime, layer, depth) for layer in range(runtime.plan.spec.layers)]
+    logits = _run(runtime, Request(prompt, depth, logits=True)).logits
+    assert logits is not None
+    return _difference(depth, logits, reference.logits(prompt, past))
+
+
+def _run(runtime: Runtime, request: Request) -> Result:
+    """A copy of the result: a runtime may give the same buffer again."""
+    result = runtime.run(request)
+    logits = None if result.logits is None else result.logits.copy()
+    return Result(result.tokens, logits, result.milliseconds)
+
+
+def _past(runtime: Runtime, layer: int, positions: int) -> KeyValue:
+    """Keys and values of a layer as the device holds them: float32 [kv_heads, positions, head_dim] each."""
+    plan = runtime.plan
+    chunk = CHUNK * plan.spec.head_dim * 4
+    count = -(-positions // CHUNK) * chunk
+    heads = []
+    for head in range(plan.spec.kv_heads):
+        offset = (layer * plan.spec.kv_heads + head) * plan.chunks * chunk
+        raw = runtime.download("kv", offset, count).view(np.uint16)
+        heads.append(unpack_kv(plan, plan.target, raw.reshape(-1, chunk // 2), positions))
+    return np.stack([k for k, _ in heads]), np.stack([v for _, v in heads])
+
+
+def _difference(depth: int, ours: NDArray[np.float32], theirs: NDArray[np.float32]) -> Depth:
+    relative = np.linalg.norm(ours - theirs, axis=1) / np.linalg.norm(theirs, axis=1)
+    top = np.partition(theirs, -2, axis=1)[:, -2:] if theirs.shape[1] > 1 else theirs.repeat(2, axis=1)
+    decided = top[:, 1] - top[:, 0] > DECIDED * np.abs(ours - theirs).max()
+    agreeing = decided & (ours.argmax(axis=1) == theirs.argmax(axis=1))
+    # A position of NaN makes the maximum NaN, which no limit admits.
+    return Depth(depth, len(ours), float(relative.max()), int(decided.sum()), int(agreeing.sum()))
