@@ -39,19 +39,30 @@ def command(
 ) -> None:
     """Measure an artifact; with --dummy-weights any spec, checkpoint or hub id."""
     from ..artifact import MANIFEST
-    from ..bench import run_bench
     from ..build import BuildOptions, build
     from ..errors import UsageError
-    from .output import emit_json
 
+    asked = click.get_current_context().get_parameter_source("depths") != click.core.ParameterSource.DEFAULT
     if (Path(model) / MANIFEST).is_file():
-        report = run_bench(Path(model), count, depths, as_json)
+        _measure(Path(model), count, depths, asked, as_json)
     elif not dummy_weights:
         raise UsageError(f"{model} is not an artifact: build it first, or bench it with --dummy-weights")
     else:
         with tempfile.TemporaryDirectory(prefix="kogc-bench-") as directory:
             out = Path(directory) / "artifact"
             build(model, gpu, out, BuildOptions(max_context, blocks, dummy_weights=True))
-            report = run_bench(out, count, depths, as_json)
+            _measure(out, count, depths, asked, as_json)
+
+
+def _measure(artifact: Path, count: int, depths: list[int], asked: bool, as_json: bool) -> None:
+    """Run and print. Depths that nobody asked for are left out where the context has no room for them."""
+    from ..artifact import read_manifest
+    from ..bench import run_bench
+    from .output import emit_json
+
+    if not asked:
+        room = read_manifest(artifact).max_context - count - 1
+        depths = [depth for depth in depths if depth <= room] or [0]
+    report = run_bench(artifact, count, depths, as_json)
     if as_json:
         emit_json(report)
