@@ -9,6 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ..errors import KogcError
 from .driver import Driver
 
@@ -19,14 +21,14 @@ READERS = 4  # one thread copies out of the page cache at half of what the bus t
 class Uploader:
     """Copies to device memory on a stream of its own. `close` waits for the copies and frees the buffers."""
 
-    def __init__(self, driver: Driver, chunk: int = CHUNK_BYTES) -> None:
+    def __init__(self, driver: Driver) -> None:
         self._driver = driver
-        self._chunk = chunk
+        self._chunk = CHUNK_BYTES
         self._stream = driver.call("cuStreamCreate", driver.CUstream_flags.CU_STREAM_NON_BLOCKING)
         self._addresses: list[int] = []
         self._events: list[Any] = []
         for _ in range(2):
-            self._addresses.append(int(driver.call("cuMemHostAlloc", chunk, 0)))
+            self._addresses.append(int(driver.call("cuMemHostAlloc", self._chunk, 0)))
             self._events.append(driver.call("cuEventCreate", driver.CUevent_flags.CU_EVENT_DISABLE_TIMING))
         self._turn = 0
 
@@ -61,7 +63,7 @@ class Uploader:
             size = min(self._chunk, count - start)
             address, event = self._addresses[self._turn], self._events[self._turn]
             self._driver.call("cuEventSynchronize", event)  # until the last copy from this buffer is through
-            fill(memoryview((ctypes.c_char * size).from_address(address)).cast("B"), start)
+            fill(memoryview(np.frombuffer((ctypes.c_ubyte * size).from_address(address), np.uint8)), start)
             self._driver.call("cuMemcpyHtoDAsync", target + start, address, size, self._stream)
             self._driver.call("cuEventRecord", event, self._stream)
             self._turn = 1 - self._turn
