@@ -26,11 +26,11 @@ def resolve(model: str) -> tuple[Path, str | None]:
     Downloads what is missing from the cache unless HF_HUB_OFFLINE is set. KogcError when there is no such model.
     """
     path = Path(model).expanduser()
-    if path.exists():
+    if model and path.exists():
         return path, None
     match = HUB_ID.fullmatch(model)
     if match is None or ".." in model:
-        raise KogcError(f"{model}: no such directory, and not a hub id (org/name or org/name@revision)")
+        raise KogcError(f"{model or repr(model)}: no such directory, and not a hub id (org/name or org/name@revision)")
     snapshot = _download(model, match[1], match[2])
     commit = snapshot.name if re.fullmatch(r"[0-9a-f]{40}", snapshot.name) else None
     return snapshot, commit

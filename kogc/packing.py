@@ -150,7 +150,7 @@ def write_weights(plan: Plan, checkpoint: Checkpoint, path: str | Path, progress
         try:
             with temporary.open("wb", buffering=0) as file:
                 _reserve(file.fileno(), total_bytes(plan))
-                _run(list(_jobs(plan, checkpoint, file.fileno())), _payload(plan), progress)
+                _run(list(_jobs(plan, checkpoint, _Output(file.fileno()))), _payload(plan), progress)
                 os.fsync(file.fileno())
             temporary.replace(path)
         except OSError as err:
@@ -174,46 +174,48 @@ def _reserve(fd: int, size: int) -> None:
 Job = Callable[[], int]
 
 
-def _jobs(plan: Plan, checkpoint: Checkpoint, fd: int) -> Iterator[Job]:
+def _jobs(plan: Plan, checkpoint: Checkpoint, out: _Output) -> Iterator[Job]:
     """Independent pieces of work, each of about JOB_BYTES, which return the bytes they wrote."""
     spec = plan.spec
     for layer in range(spec.layers + 1):
         for phase in plan.layer_phases if layer < spec.layers else (plan.head,):
             step = max(1, JOB_BYTES // phase.unit_bytes)
             for unit in range(0, phase.units, step):
-                yield partial(_write_units, plan, checkpoint, fd, layer, phase, unit, min(unit + step, phase.units))
+                yield partial(_write_units, plan, checkpoint, out, layer, phase, unit, min(unit + step, phase.units))
     places = {operand.name: operand.offset for operand in operands(plan)}
-    yield from _table_jobs(spec, checkpoint, fd, places["embedding"])
+    yield from _table_jobs(spec, checkpoint, out, places["embedding"])
     for name, vectors in _small_operands(spec):
-        yield partial(_write_vectors, checkpoint, fd, places[name], vectors)
+        yield partial(_write_vectors, checkpoint, out, places[name], vectors)
     frequencies = rope.inv_freq(spec).astype("<f4")
-    yield partial(_write, fd, memoryview(frequencies.tobytes()), places["inv_freq"])
+    yield partial(out.write, memoryview(frequencies.tobytes()), places["inv_freq"])
 
 
-def _write_units(plan: Plan, checkpoint: Checkpoint, fd: int, layer: int, phase: MatVec, start: int, stop: int) -> int:
+def _write_units(
+    plan: Plan, checkpoint: Checkpoint, out: _Output, layer: int, phase: MatVec, start: int, stop: int
+) -> int:
     """Units start..stop of a phase, written to the slabs of the blocks that own them."""
     rows = _phase_rows(plan.spec, checkpoint, layer, phase, start * phase.unit, stop * phase.unit)
     packed = pack_units(phase, rows)
     done = 0
     for offset, first, last in _runs(plan, layer, phase, start, stop):
-        done += _write(fd, packed[first - start : last - start].data.cast("B"), offset)
+        done += out.write(packed[first - start : last - start].data.cast("B"), offset)
     return done
 
 
-def _write_vectors(checkpoint: Checkpoint, fd: int, offset: int, vectors: list[tuple[str, int]]) -> int:
+def _write_vectors(checkpoint: Checkpoint, out: _Output, offset: int, vectors: list[tuple[str, int]]) -> int:
     values = np.concatenate([checkpoint.rows(name, 0, length) for name, length in vectors])
-    return _write(fd, values.data.cast("B"), offset)
+    return out.write(values.data.cast("B"), offset)
 
 
-def _table_jobs(spec: ModelSpec, checkpoint: Checkpoint, fd: int, offset: int) -> Iterator[Job]:
+def _table_jobs(spec: ModelSpec, checkpoint: Checkpoint, out: _Output, offset: int) -> Iterator[Job]:
     step = max(1, JOB_BYTES // (spec.hidden * 2))
     for start in range(0, spec.vocab, step):
         stop = min(start + step, spec.vocab)
-        yield partial(_write_embedding, checkpoint, fd, offset + start * spec.hidden * 2, start, stop)
+        yield partial(_write_embedding, checkpoint, out, offset + start * spec.hidden * 2, start, stop)
 
 
-def _write_embedding(checkpoint: Checkpoint, fd: int, offset: int, start: int, stop: int) -> int:
-    return _write(fd, checkpoint.rows(EMBEDDING, start, stop).data.cast("B"), offset)
+def _write_embedding(checkpoint: Checkpoint, out: _Output, offset: int, start: int, stop: int) -> int:
+    return out.write(checkpoint.rows(EMBEDDING, start, stop).data.cast("B"), offset)
 
 
 def _small_operands(spec: ModelSpec) -> Iterator[tuple[str, list[tuple[str, int]]]]:
@@ -286,13 +288,22 @@ def _run(jobs: list[Job], total: int, progress: Progress | None) -> None:
             raise
 
 
-def _write(fd: int, data: memoryview, offset: int) -> int:
-    size = len(data)
-    while len(data):
-        n = os.pwrite(fd, data, offset)
-        data = data[n:]
-        offset += n
-    return size
+class _Output:
+    """The file under way. One thread writes at a time: the kernel locks the file anyway, and spins while it waits."""
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+        self._lock = threading.Lock()
+
+    def write(self, data: memoryview, offset: int) -> int:
+        """Write all of it; returns its bytes."""
+        size = len(data)
+        with self._lock:
+            while len(data):
+                n = os.pwrite(self._fd, data, offset)
+                data = data[n:]
+                offset += n
+        return size
 
 
 class SlabWeights:
