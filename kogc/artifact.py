@@ -294,8 +294,10 @@ class Writer:
         self.out = out.resolve()
         self.files: dict[str, FileEntry] = {}
         self._root: Path | None = None
+        self._new_parents: list[Path] = []
 
     def __enter__(self) -> Writer:
+        self._new_parents = [parent for parent in self.out.parents if not parent.exists()]
         with _disk_errors(self.out):
             self.out.parent.mkdir(parents=True, exist_ok=True)
             self._root = Path(tempfile.mkdtemp(dir=self.out.parent, prefix=f".{self.out.name}.building-"))
@@ -307,6 +309,10 @@ class Writer:
     ) -> None:
         if self._root is not None:
             shutil.rmtree(self._root, ignore_errors=True)
+        if not self.out.exists():
+            for parent in self._new_parents:
+                with contextlib.suppress(OSError):
+                    parent.rmdir()
 
     @property
     def root(self) -> Path:
@@ -350,6 +356,7 @@ def check_replaceable(out: Path) -> None:
     if not out.exists():
         if out.is_symlink():
             raise KogcError(f"{out}: a broken symbolic link")
+        _check_parent(out)
         return
     if not out.is_dir():
         raise KogcError(f"{out}: exists and is not a directory")
@@ -362,6 +369,14 @@ def check_replaceable(out: Path) -> None:
         raise KogcError(f"{out}: exists and is not a kogc artifact; remove it or choose another -o") from None
     if foreign := sorted(present - known):
         raise KogcError(f"{out}: holds {foreign[0]}, which is not part of the artifact; move it or choose another -o")
+
+
+def _check_parent(out: Path) -> None:
+    parent = next(p for p in out.absolute().parents if p.exists())
+    if not parent.is_dir():
+        raise KogcError(f"cannot write {out}: {parent} is not a directory")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise KogcError(f"cannot write {out}: no permission to write in {parent}")
 
 
 def _put_in_place(new: Path, out: Path) -> None:

@@ -22,6 +22,10 @@ COMMANDS = ("build", "plan", "run", "bench", "inspect", "verify", "doctor", "mod
 INTERRUPTED = 130
 
 
+class Interrupted(Exception):
+    """Ctrl-C, under a name that click does not print an empty line for."""
+
+
 class Commands(click.Group):
     """Loads a command's module when it is asked for, and turns errors into one line and an exit status."""
 
@@ -34,6 +38,12 @@ class Commands(click.Group):
         module = importlib.import_module(f".commands.{cmd_name}", __package__)
         command: click.Command = module.command
         return command
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            raise Interrupted from None
 
     def main(self, *args: Any, **extra: Any) -> Any:
         """Run and exit, whatever happens."""
@@ -48,7 +58,7 @@ class Commands(click.Group):
             return _complain(str(error), error.exit_status)
         except click.ClickException as error:
             return _complain(error.format_message(), error.exit_code)
-        except (click.Abort, KeyboardInterrupt):
+        except (Interrupted, click.Abort, KeyboardInterrupt):
             return _complain("interrupted", INTERRUPTED)
         except MemoryError:
             return _complain("out of memory", 1)

@@ -197,7 +197,7 @@ def write(out: Path, manifest: Manifest, data: bytes = b"data") -> None:
 
 
 def test_error_while_writing_leaves_nothing(built: Path, tmp_path: Path) -> None:
-    out = tmp_path / "out"
+    out = tmp_path / "new" / "parents" / "out"
     for error in (KeyboardInterrupt, ZeroDivisionError, KogcError):
         with pytest.raises(error), Writer(out) as writer:
             writer.add("deep/a", b"data")

@@ -1,0 +1,336 @@
+"""The command line: what commands print, and that an error is one line and an exit status."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from builds import TOP, kogc_cli, kogc_process, one_line, process_command, process_env, stub_compiler, tree
+from random_checkpoint import make
+
+from kogc import targets
+from kogc.cli import COMMANDS
+from kogc.profile import list_profiles
+from kogc.spec import dump_spec, list_specs, load_spec
+from kogc.targets.detect_cuda import CudaDevice, profile_of
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make(tmp_path_factory.mktemp("checkpoint"), "qwen3", tokenizer=True)
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KOGC_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    stub_compiler(monkeypatch)
+
+
+def ok(*args: object) -> str:
+    """Standard output of a command that succeeds."""
+    result = kogc_cli(*args)
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+def fails(status: int, *args: object) -> str:
+    """The one line of a command that fails, with nothing on standard output."""
+    result = kogc_cli(*args)
+    assert result.exit_code == status, result.output
+    assert result.stdout == ""
+    return one_line(result.stderr)
+
+
+def js(*args: object) -> Any:
+    return json.loads(ok(*args, "--json"))
+
+
+def test_help_lists_every_command_and_imports_little() -> None:
+    heavy = "numpy yaml jinja2 rich tokenizers cuda.bindings"
+    code = f"import atexit, sys; atexit.register(lambda: print([m for m in {heavy.split()} if m in sys.modules]))\n"
+    command = process_command("--help", before=code)
+    done = subprocess.run(command, capture_output=True, text=True, env=process_env(Path()), check=True)
+    *text, loaded = done.stdout.splitlines()
+    assert loaded == "[]"
+    listed = [line.split()[0] for line in text[text.index("Commands:") + 1 :]]
+    assert listed == list(COMMANDS)
+    assert not [line for line in text[1:] if line.endswith("...")]  # nothing is cut short
+
+
+def test_help_is_quick(tmp_path: Path) -> None:
+    bare, helped = [], []
+    for _ in range(3):
+        start = time.perf_counter()
+        subprocess.run([sys.executable, "-c", ""], check=True)
+        bare.append(time.perf_counter() - start)
+        kogc_process(tmp_path, "--help")
+        helped.append(time.perf_counter() - start - bare[-1])
+    assert min(helped) - min(bare) < 0.3
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_has_help(name: str) -> None:
+    assert f"Usage: kogc {name}" in ok(name, "--help")
+
+
+def test_version() -> None:
+    import kogc
+
+    assert ok("--version") == f"kogc {kogc.__version__}\n"
+
+
+def test_models_and_gpus_list_what_ships() -> None:
+    assert [row["name"] for row in js("models")] == list_specs()
+    assert [row["name"] for row in js("gpus")] == list_profiles()
+    for name in list_specs():
+        assert f"\n{name} " in ok("models")
+    for name in list_profiles():
+        assert f"\n{name} " in ok("gpus")
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [("llama-3.2-1b", 1_235_814_400), ("llama-3.1-8b", 8_030_261_248), ("qwen2.5-1.5b", 1_543_714_304),
+     ("qwen3-0.6b", 596_049_920), ("smollm2-135m", 134_515_008)],
+)  # fmt: skip
+def test_parameters_are_the_published_ones(name: str, parameters: int) -> None:
+    assert {row["name"]: row["parameters"] for row in js("models")}[name] == parameters
+
+
+def test_plan_adds_up() -> None:
+    data = js("plan", "llama-3.2-1b", "--gpu", "h200-sxm")
+    spec = load_spec("llama-3.2-1b")
+    phases = {p["name"]: p for p in data["phases"]}
+    assert list(phases) == ["qkv", "o", "gate_up", "down", "head"]
+    assert (phases["qkv"]["rows"], phases["qkv"]["times"]) == (spec.qkv_rows, spec.layers)
+    assert phases["head"]["rows"] == spec.vocab
+    for phase in phases.values():
+        least, most = phase["rows_per_block"]
+        assert least * data["blocks"] <= phase["rows"] <= most * data["blocks"]
+    model = 2 * sum(p["times"] * p["rows"] * p["columns"] for p in phases.values())
+    for cost in data["per_token"]:
+        assert cost["model_weight_bytes"] == model <= cost["weight_bytes"]
+        assert cost["kv_bytes"] == cost["depth"] * spec.layers * spec.kv_heads * spec.head_dim * 4
+        read = cost["weight_bytes"] + cost["kv_bytes"]
+        assert cost["seconds_at_ceiling"] == pytest.approx(read / data["ceiling"]["bandwidth"])
+    memory = data["shared_memory"]
+    assert sum(region["bytes"] for region in memory["regions"]) <= memory["bytes"] <= 232448
+    assert memory["regions"][0]["bytes"] == memory["stages"] * memory["stage_bytes"]
+
+
+def test_plan_prints_tables(checkpoint: Path) -> None:
+    text = ok("plan", checkpoint, "--gpu", "h200-sxm", "--blocks", 4, "--max-context", 256)
+    for word in ("4 blocks", "gate_up", "exchange", "ring", "read ceiling: 4.70 TB/s, measured", "tokens/s"):
+        assert word in text
+    cpu = ok("plan", checkpoint, "--gpu", "cpu-avx2", "--blocks", 2)
+    assert "2 blocks" in cpu
+    assert "shared memory" not in cpu
+
+
+def test_spec_is_what_the_checkpoint_says(checkpoint: Path, tmp_path: Path) -> None:
+    text = ok("spec", checkpoint)
+    ok("spec", checkpoint, "-o", tmp_path / "own.yaml")
+    assert (tmp_path / "own.yaml").read_text() == text
+    assert dump_spec(load_spec(tmp_path / "own.yaml")) == text
+    assert "no/such: not a directory" in fails(1, "spec", "no/such")
+    assert f"{tmp_path}: Is a directory" in fails(1, "spec", checkpoint, "-o", tmp_path)
+
+
+def test_build_inspect_verify(compiler: None, checkpoint: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    text = ok("build", checkpoint, "--gpu", "h200-sxm", "--blocks", 3, "--max-context", 128, "-o", out)
+    assert text.startswith(f"{out}: {checkpoint.name} for h200-sxm, 3 blocks, context 128, ")
+    shown = ok("inspect", out)
+    for word in ("h200-sxm (cuda, sm_90a, 132 SMs)", "qk_norms", "weights.bin", "stub 1.0", "packed"):
+        assert word in shown
+    assert js("inspect", out) == json.loads((out / "manifest.json").read_text())
+    assert ok("verify", out).endswith("all as built\n")
+
+
+def test_unchanged_rebuild_does_nothing(compiler: None, checkpoint: Path, tmp_path: Path) -> None:
+    args = ("build", checkpoint, "--gpu", "h200-sxm", "--blocks", 2, "-o", tmp_path / "out")
+    assert js(*args)["up_to_date"] is False
+    before = (tmp_path / "out").stat().st_ino
+    assert js(*args)["up_to_date"] is True
+    assert (tmp_path / "out").stat().st_ino == before
+    assert js(*args, "--max-context", 64)["up_to_date"] is False
+
+
+@pytest.mark.parametrize("touched", ["weights.bin", "monokernel.bin", "manifest.json"])
+def test_rebuild_repairs_what_was_touched(
+    compiler: None, checkpoint: Path, tmp_path: Path, touched: str
+) -> None:
+    out = tmp_path / "out"
+    args = ("build", checkpoint, "--gpu", "h200-sxm", "--blocks", 2, "-o", out)
+    ok(*args)
+    before = tree(out)
+    (out / touched).write_bytes(before[touched][::-1] if touched != "manifest.json" else before[touched] + b" ")
+    assert js(*args)["up_to_date"] is False
+    assert tree(out) == before
+
+
+def test_rebuild_sees_a_changed_checkpoint(compiler: None, tmp_path: Path) -> None:
+    changing = make(tmp_path / "changing", "llama", tokenizer=True)
+    args = ("build", changing, "--gpu", "h200-sxm", "--blocks", 2, "-o", tmp_path / "out")
+    ok(*args)
+    before = tree(tmp_path / "out")["weights.bin"]
+    weights = changing / "model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-2] ^= 1  # the low bits of the last weight
+    weights.write_bytes(data)
+    assert js(*args)["up_to_date"] is False
+    assert tree(tmp_path / "out")["weights.bin"] != before
+
+
+def test_dry_run_writes_nothing(checkpoint: Path, tmp_path: Path) -> None:
+    data = js("build", checkpoint, "--gpu", "h200-sxm", "-o", tmp_path / "out", "--dry-run")
+    assert (data["out"], data["artifact_bytes"]) == (None, 0)
+    assert data["source_bytes"] > 0
+    assert not list(tmp_path.iterdir())
+
+
+def test_dumped_source_is_the_artifacts(compiler: None, checkpoint: Path, tmp_path: Path) -> None:
+    out, dump = tmp_path / "out", tmp_path / "dump"
+    ok("build", checkpoint, "--gpu", "h200-sxm", "-o", out, "--dump-source", dump)
+    assert tree(dump) == tree(out / "source")
+    assert "kogc_generate" in b"".join(tree(dump).values()).decode()
+
+
+def test_no_tokenizer_is_said(compiler: None, tmp_path: Path) -> None:
+    plain = make(tmp_path / "plain", "llama")
+    result = kogc_cli("build", plain, "--gpu", "h200-sxm", "--blocks", 2, "-o", tmp_path / "out")
+    assert result.exit_code == 0
+    assert "kogc: note: no tokenizer.json" in result.stderr
+
+
+def test_limited_context_is_said() -> None:
+    result = kogc_cli("plan", "llama-3.1-8b", "--gpu", "h100-sxm", "--max-context", 131072)
+    assert result.exit_code in (0, 2)  # 80 GB hold it or not: the profile's facts decide
+    if result.exit_code == 2:
+        assert "--max-context 131072: llama-3.1-8b on h100-sxm has memory for" in one_line(result.stderr)
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["build", "smollm2-135m", "--gpu", "h200-sxm", "-o", "x"], "smollm2-135m is a spec and has no weights"),
+        (["build", "smollm2-135m", "--gpu", "h200-sxm"], "-o DIR is missing"),
+        (["build", "smollm2-135m", "-o", "x", "--dummy-weights", "--weights-by-reference"], "exclude each other"),
+        (["build", "-o", "x"], "Missing argument 'CHECKPOINT|SPEC'"),
+        (["build", "x", "--frobnicate"], "--frobnicate"),
+        (["plan", "smollm2-135m", "--gpu", "h200-sxm", "--max-context", "9999999"], "--max-context 9999999"),
+        (["plan", "smollm2-135m", "--gpu", "h200-sxm", "--blocks", "133"], "--blocks 133: h200-sxm has 132 SMs"),
+        (["plan", "smollm2-135m", "--gpu", "h200-sxm", "--blocks", "0"], "'--blocks'"),
+        (["run", "x"], "give one of -p TEXT, -f FILE and -t IDS"),
+        (["run", "x", "-p", "a", "-f", "b"], "give one of"),
+        (["run", "x", "-t", "1,b"], "-t 1,b: not a list of token ids"),
+        (["run", "x", "-p", "a", "-n", "0"], "'-n'"),
+        (["bench", "smollm2-135m"], "smollm2-135m is not an artifact: build it first, or bench it with --dummy"),
+        (["bench", "x", "-d", "1,-2"], "1,-2: not a list of depths"),
+        (["frobnicate"], "No such command 'frobnicate'"),
+    ],
+)
+def test_wrong_usage_is_one_line_and_status_2(args: list[str], message: str) -> None:
+    assert message in fails(2, *args)
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["plan", "smollm2-135m", "--gpu", "rtx-6090"], "unknown GPU 'rtx-6090': one of cpu-avx2"),
+        (["plan", "smollm3", "--gpu", "h200-sxm"], "smollm3: no such directory, and no spec of that name"),
+        (["plan", "no/such.yaml", "--gpu", "h200-sxm"], "no/such.yaml: no such spec file"),
+        (["inspect", "no/such"], "no/such: no such directory"),
+        (["verify", "no/such"], "no/such: no such directory"),
+        (["run", "no/such", "-p", "x"], "no/such: no such directory"),
+        (["run", "no/such", "-f", "no/file"], "no/file: No such file or directory"),
+    ],
+)
+def test_what_is_not_there_is_one_line_and_status_1(args: list[str], message: str) -> None:
+    assert message in fails(1, *args)
+
+
+def test_prompt_that_is_not_text(tmp_path: Path) -> None:
+    (tmp_path / "image").write_bytes(b"\xff\xd8\xff")
+    assert "image: not UTF-8 text" in fails(1, "run", "x", "-f", tmp_path / "image")
+
+
+def test_interrupt_is_one_line_and_status_130(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted() -> list[str]:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("kogc.spec.list_specs", interrupted)
+    assert fails(130, "models") == "kogc: interrupted"
+
+
+def test_reader_that_goes_away_is_no_error(tmp_path: Path) -> None:
+    command = process_command("gpus", "--json")
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=process_env(tmp_path)) as run:
+        assert run.stdout is not None
+        assert run.stderr is not None
+        run.stdout.close()
+        assert run.stderr.read() == b""
+
+
+def test_doctor_says_what_is_here(tmp_path: Path) -> None:
+    result = kogc_cli("doctor", "--json")
+    data = json.loads(result.stdout)
+    assert result.exit_code == (0 if data["builds"] else 1)
+    assert data["python"] == sys.version.split()[0]
+    assert data["packages"]["numpy"]
+    assert data["cache"] == {"dir": str(tmp_path / "cache"), "entries": 0, "bytes": 0, "writable": True}
+    assert data["cpu"]["cores"] >= 1
+    assert data["cpu"]["profile"] in list_profiles()
+    assert (data["nvrtc"] is not None) == ("cuda" in data["builds"])
+    text = kogc_cli("doctor").stdout
+    assert f"can build:  {', '.join(data['builds']) or 'nothing'}" in text
+
+
+def test_doctor_survives_an_empty_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "/nonexistent")
+    monkeypatch.setattr("kogc.doctor.nvrtc_version", lambda: 1 // 0)
+    monkeypatch.setattr("kogc.doctor._version", lambda name: None)
+    result = kogc_cli("doctor")
+    assert result.exit_code == 1
+    for line in ("nvrtc:      not found", "missing:    numpy", "C++:        no compiler", "can build:  nothing"):
+        assert line in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("device", "profile"),
+    [
+        (CudaDevice(0, "NVIDIA H200", (9, 0), 132, 150_754_820_096), "h200-sxm"),
+        (CudaDevice(0, "NVIDIA H100 80GB HBM3", (9, 0), 132, 84_929_347_584), "h100-sxm"),
+        (CudaDevice(0, "NVIDIA H100 PCIe", (9, 0), 114, 84_929_347_584), None),
+        (CudaDevice(0, "NVIDIA H200 MIG 3g.71gb", (9, 0), 60, 75_000_000_000), None),
+        (CudaDevice(0, "NVIDIA A100-SXM4-80GB", (8, 0), 108, 84_929_347_584), None),
+    ],
+)
+def test_devices_are_told_apart(device: CudaDevice, profile: str | None) -> None:
+    assert profile_of(device) == profile
+
+
+def test_auto_prefers_the_gpu_and_says_when_it_is_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
+    unknown = CudaDevice(0, "NVIDIA A100", (8, 0), 108, 84_929_347_584)
+    monkeypatch.setattr("kogc.targets.detect_cuda.cuda_devices", lambda: [unknown])
+    name, note = targets.detect_profile()
+    assert name.startswith("cpu-")
+    assert note == "NVIDIA A100 matches no GPU profile; building for the CPU"
+    known = CudaDevice(0, "NVIDIA H200", (9, 0), 132, 150_754_820_096)
+    monkeypatch.setattr("kogc.targets.detect_cuda.cuda_devices", lambda: [known])
+    assert targets.detect_profile() == ("h200-sxm", None)
+
+
+def test_no_module_of_the_tree_is_left_out_of_the_wheel() -> None:
+    text = (TOP / "pyproject.toml").read_text()
+    for kind in ("templates", "model_specs", "gpu_profiles"):
+        assert f'{kind} = "kogc/_data/{kind}"' in text
