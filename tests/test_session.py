@@ -127,7 +127,7 @@ def test_arguments_have_the_layout_of_the_header() -> None:
     body = header[header.index("struct KernelArgs") : header.index("};")]
     lines = [line.split("//")[0].strip() for line in body.splitlines()[1:]]
     names = [name for line in lines for name in re.findall(r"(\w+)(?:\[\w+\])?\s*[,;]", line)]
-    assert names == [name for name, _ in KernelArgs._fields_]
+    assert names == [field[0] for field in KernelArgs._fields_]
     assert tuple(names[: len(POINTERS)]) == POINTERS
     assert [getattr(KernelArgs, n).offset for n in ("start", "n_stop", "stop", "trace")] == [104, 116, 120, 184]
     assert ctypes.sizeof(KernelArgs) == 192
@@ -243,7 +243,8 @@ def test_logits_continue_over_launches(machine: Machine, toy: Session, monkeypat
 
 
 def test_numpy_integers_are_token_ids(toy: Session) -> None:
-    assert toy.generate(np.array([5, 6], np.int64), np.int64(3), stop=()).tokens == continuation([5, 6], 3, VOCAB)
+    prompt: Any = np.array([5, 6], np.int64)
+    assert toy.generate(prompt, 3, stop=()).tokens == continuation([5, 6], 3, VOCAB)
 
 
 # --- what is refused --------------------------------------------------------------------------------------------------
@@ -379,8 +380,8 @@ def set_all(**values: Any) -> Callable[[ToyDriver], None]:
     [
         (set_all(init=Status.CUDA_ERROR_NO_DEVICE), "no NVIDIA GPU"),
         (set_all(devices=0), "device 0: this machine has 0 GPUs"),
-        (set_all(sms=114), r"built for h200-sxm \(132 SMs, sm_90a\); this GPU is NVIDIA H200 \(114 SMs, .*: no shipped"),
-        (set_all(capability=(8, 0), name=b"NVIDIA A100"), "NVIDIA A100 .* capability 8.0.*: no shipped profile fits it"),
+        (set_all(sms=114), r"for h200-sxm \(132 SMs, sm_90a\); this GPU is NVIDIA H200 \(114 SMs, .*: no shipped"),
+        (set_all(capability=(8, 0), name=b"NVIDIA A100"), "NVIDIA A100 .* capability 8.0.*: no shipped profile fits"),
         (set_all(version=12080), "driver supports CUDA 12.8, the binary was made by NVRTC 13.0"),
         (set_all(memory=1 << 20), r"toy with a context of 64 needs 0\.3 GB of GPU memory; 0\.0 of 0\.0 GB are free"),
         (set_all(load=Status.CUDA_ERROR_INVALID_IMAGE), "monokernel.bin: the driver does not load it"),

@@ -1,6 +1,6 @@
 """A kernel that stands in for the real one in tests of the loader: same arguments, a trivial model, plain Python.
 
-After token t at position p the logit of (t * 7 + p + 3) % vocab is 1 and every other 0. Nothing depends on the KV cache.
+After token t at position p the logit of (t * 7 + p + 3) % vocab is 1, every other 0. Nothing depends on the KV cache.
 """
 
 from __future__ import annotations

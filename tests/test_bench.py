@@ -1,0 +1,219 @@
+"""Bench and comparison: a kernel that computes the model passes; every way of being wrong is caught, and no speed is given."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from kogc import bench, rope
+from kogc.bench import run_bench
+from kogc.compare import LIMITS, compare
+from kogc.errors import KogcError, UsageError
+from kogc.kv_layout import pack_kv, unpack_kv
+from kogc.packing import SlabWeights, operands, total_bytes
+from kogc.plan.plan import CHUNK, Options, Plan, make_plan
+from kogc.profile import load_profile
+from kogc.reference import Reference
+from kogc.runtime import Request, Result
+from kogc.spec import ModelSpec, Rope
+
+SPEC = ModelSpec(
+    name="small", family="llama", layers=2, hidden=64, ffn=96, heads=4, kv_heads=2, head_dim=32, vocab=131,
+    tied_embeddings=False, norm_eps=1e-5, max_context=320, qkv_bias=False, qk_norm=False, sliding_window=None,
+    sliding_layers=None, rope=Rope(10000.0), dtype="bf16", bos_token=None, eos_tokens=(),
+)  # fmt: skip
+Spoil = Callable[[Request, NDArray[np.float32], int], NDArray[np.float32]]
+
+
+class NumpyRuntime:
+    """A device whose kernel is the reference itself, over random packed weights and a cache in the target's layout.
+
+    `spoil(request, logits, launch)` may change the logits that a launch gives; `repeat_token` its greedy choice.
+    """
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+        self.program = SimpleNamespace(weights=None)
+        self.launches = 0
+        self.spoil: Spoil = lambda request, logits, launch: logits
+        self.wrong_token = False
+        rng = np.random.default_rng(1)
+        values = rng.normal(0, 0.2, total_bytes(plan) // 2).astype(np.float32)
+        self.weights = (values.view(np.uint32) >> 16).astype(np.uint16).view(np.uint8)
+        place = operands(plan)[-1]
+        self.weights[place.offset : place.offset + place.bytes] = rope.inv_freq(plan.spec).view(np.uint8)
+        self.kv = np.zeros(plan.kv_bytes // 2, np.uint16)
+        self.reference = Reference(plan.spec, SlabWeights(plan, lambda at, n: self.weights[at : at + n].tobytes()))
+
+    def download(self, name: str, offset: int, count: int) -> NDArray[np.uint8]:
+        memory = {"weights": self.weights, "kv": self.kv.view(np.uint8)}[name]
+        return np.array(memory[offset : offset + count])
+
+    def fill_kv(self, positions: int) -> None:
+        rng = np.random.default_rng(2)
+        for head in self._heads():
+            head[:] = pack_kv(self.plan, self.plan.target, *rng.uniform(-1, 1, (2, 320, 32)).astype(np.float32))
+
+    def run(self, request: Request) -> Result:
+        self.launches += 1
+        s = self.plan.spec
+        past = None
+        if request.start:
+            both = [unpack_kv(self.plan, self.plan.target, head, request.start) for head in self._heads()]
+            layers = [both[i : i + s.kv_heads] for i in range(0, len(both), s.kv_heads)]
+            past = [(np.stack([k for k, _ in layer]), np.stack([v for _, v in layer])) for layer in layers]
+        logits = self.spoil(request, self.reference.logits(request.prompt, past), self.launches)
+        token = int(logits[-1].argmax()) ^ self.wrong_token
+        return Result([token] * request.max_new, logits if request.logits else None, 1.0 + self.launches % 3)
+
+    def read_bandwidth(self) -> float:
+        return 1e9
+
+    def _heads(self) -> Iterator[Any]:
+        count = self.plan.spec.layers * self.plan.spec.kv_heads
+        yield from self.kv.reshape(count, -1, 2 * CHUNK * self.plan.spec.head_dim)
+
+
+def make_runtime(target: str = "cpu", spec: ModelSpec = SPEC) -> Any:
+    profile = load_profile({"cuda": "h200-sxm", "cpu": "cpu-avx2"}[target])
+    return NumpyRuntime(make_plan(spec, profile, Options(blocks=3)))
+
+
+@pytest.fixture
+def runtime(monkeypatch: pytest.MonkeyPatch) -> Any:
+    made = make_runtime()
+
+    class Opened:
+        runtime = made
+
+        def __enter__(self) -> Opened:
+            return self
+
+        def __exit__(self, *_: object) -> None: ...
+
+    monkeypatch.setattr(bench, "load", lambda path, device: Opened())
+    return made
+
+
+@pytest.mark.parametrize("target", ["cuda", "cpu"])
+@pytest.mark.parametrize("window", [None, 40])
+def test_the_model_itself_passes(target: str, window: int | None) -> None:
+    spec = dataclasses.replace(SPEC, sliding_window=window, family="mistral" if window else "llama")
+    found = compare(make_runtime(target, spec), (0, 5, 200))
+    assert found.problems == []
+    assert [(d.depth, d.positions) for d in found.depths] == [(0, 16), (5, 1), (200, 1)]
+    assert found.relative_error < 1e-5
+    assert sum(d.decided for d in found.depths) >= 15
+
+
+def error_of(size: float, only: Callable[[Request, int], bool]) -> Spoil:
+    def spoil(request: Request, logits: NDArray[np.float32], launch: int) -> NDArray[np.float32]:
+        if not only(request, launch):
+            return logits
+        noise = np.random.default_rng(3).normal(0, 1, logits.shape).astype(np.float32)
+        scale = np.linalg.norm(logits, axis=1, keepdims=True) / np.linalg.norm(noise, axis=1, keepdims=True)
+        return np.asarray(logits + size * scale * noise, np.float32)
+
+    return spoil
+
+
+def nan(request: Request, logits: NDArray[np.float32], launch: int) -> NDArray[np.float32]:
+    out = logits.copy()
+    out[-1, 3] = np.nan
+    return out
+
+
+def one_bit(request: Request, logits: NDArray[np.float32], launch: int) -> NDArray[np.float32]:
+    out = logits.copy()
+    out[0, 0] = np.nextafter(out[0, 0], np.float32(9)) if launch == 2 else out[0, 0]
+    return out
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (error_of(0.02, lambda request, launch: request.start == 0), "depth 0: relative logit error 2.0.e-02"),
+        (error_of(0.02, lambda request, launch: request.start > 0), "depth 200: relative logit error 2.0.e-02"),
+        (nan, "depth 0: relative logit error nan"),
+        (one_bit, "two runs of the same launch differ"),
+        (lambda request, logits, launch: logits[:, ::-1].copy(), "clear greedy tokens differ|relative logit error"),
+    ],
+)
+def test_wrong_logits_fail(runtime: Any, capsys: pytest.CaptureFixture[str], spoil: Spoil, message: str) -> None:
+    runtime.spoil = spoil
+    with pytest.raises(KogcError, match=message) as caught:
+        run_bench("unused", 4, (0, 200))
+    assert "no speed is given" in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert capsys.readouterr().out == ""
+
+
+def test_a_token_that_is_not_the_best_fails(runtime: Any) -> None:
+    runtime.wrong_token = True
+    with pytest.raises(KogcError, match="a generated token is not the best of its own logits"):
+        run_bench("unused", 4)
+
+
+def test_limits_are_tighter_for_more_bits() -> None:
+    assert LIMITS["fp16"] < LIMITS["bf16"]
+
+
+def test_figures_follow_from_times_and_bytes(runtime: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    result = run_bench("unused", 4, (0, 200), repeat=3)
+    plan = runtime.plan
+    for test, depth in zip(result["tests"], (0, 200), strict=True):
+        # The toy launches take 1, 2 and 3 ms in turn, so three repeats have the median 4 tokens / 2 ms.
+        assert test["tokens_per_second"] == pytest.approx(2000)
+        # Position p reads p earlier positions: keys and values, in BF16, of two layers with two heads of 32.
+        kv = (depth + 1.5) * 2 * 2 * 32 * 2 * 2
+        assert test["bytes_per_token"] == pytest.approx(plan.weight_bytes + kv)
+        assert test["bytes_per_second"] == pytest.approx(2000 * (plan.weight_bytes + kv))
+        assert test["share"] == pytest.approx(test["bytes_per_second"] / 1e9)
+    printed = capsys.readouterr().out.splitlines()
+    assert len(printed) == 5
+    assert len({len(line) for line in printed[:4]}) == 1
+    assert "| tg4 @ d200 |" in printed[3]
+    assert "2000.00 ±" in printed[2]
+    assert printed[4].startswith(
+        "comparison: FP32 reference on the device's own weights, positions: 16 at depth 0, 1 at"
+    )
+
+
+def test_json_is_the_callers_to_print(runtime: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    result = run_bench("unused", 4, (0,), json=True)
+    assert capsys.readouterr().out == ""
+    again = json.loads(json.dumps(result))
+    assert again["comparison"]["passed"] is True
+    assert again["model"] == "small"
+
+
+def test_a_depth_beyond_the_context_is_refused(runtime: Any) -> None:
+    with pytest.raises(KogcError, match="depth 300 and 20 tokens need 321 positions, the artifact has 320"):
+        run_bench("unused", 20, (0, 300))
+    assert runtime.launches == 0
+
+
+@pytest.mark.parametrize("arguments", [{"n": 0}, {"depths": ()}, {"depths": (-1,)}, {"repeat": 0}])
+def test_senseless_arguments_are_refused(runtime: Any, arguments: dict[str, Any]) -> None:
+    with pytest.raises(UsageError):
+        run_bench("unused", **arguments)
+
+
+def test_too_few_tokens_fail(runtime: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    honest = runtime.run
+
+    def run(request: Request) -> Result:
+        result: Result = honest(request)
+        return result if request.logits else Result(result.tokens[:-1], None, result.milliseconds)
+
+    monkeypatch.setattr(runtime, "run", run)
+    with pytest.raises(KogcError, match="the kernel made 3 of 4 tokens"):
+        run_bench(Path("unused"), 4)

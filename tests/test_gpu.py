@@ -1,0 +1,230 @@
+"""The kernel on a real GPU against Transformers in FP32: every family small, two models at full size, and the loader."""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import random_checkpoint
+import torch
+from numpy.typing import NDArray
+
+import kogc
+from kogc.bench import run_bench
+from kogc.build import BuildOptions, build
+from kogc.session import Session
+from kogc.targets.detect_cuda import detect_cuda_profile
+
+PROFILE = detect_cuda_profile()
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(PROFILE is None, reason="no GPU that a shipped profile describes"),
+]
+
+F32 = NDArray[np.float32]
+
+# Names of config.json. Sequences are longer than one chunk of the KV cache, and than the sliding windows.
+SMALL: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", {}),
+    "llama-tied-gqa8-hd64": ("llama", {"tie_word_embeddings": True, "num_attention_heads": 8,
+                                       "num_key_value_heads": 1, "head_dim": 64, "vocab_size": 1009}),
+    "llama-mha-hd96": ("llama", {"num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 96}),
+    "llama3-rope-hd128": ("llama", {"head_dim": 128, "rope_parameters": {
+        "rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0, "original_max_position_embeddings": 64}}),
+    "llama-linear-rope": ("llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}}),
+    "llama-fp16": ("llama", {"dtype": "float16", "head_dim": 64}),
+    "llama-gqa16": ("llama", {"num_attention_heads": 16, "num_key_value_heads": 1, "head_dim": 32}),
+    "llama-wide": ("llama", {"hidden_size": 1032, "intermediate_size": 2744, "vocab_size": 5003, "head_dim": 64}),
+    "mistral-window": ("mistral", {"sliding_window": 37, "head_dim": 64}),
+    "qwen2": ("qwen2", {"hidden_size": 192}),
+    "qwen2-untied": ("qwen2", {"hidden_size": 384, "num_attention_heads": 6, "num_key_value_heads": 2,
+                               "tie_word_embeddings": False}),
+    "qwen3": ("qwen3", {}),
+    "qwen3-hd128": ("qwen3", {"head_dim": 128, "tie_word_embeddings": True}),
+}  # fmt: skip
+
+# Shapes of the published models; the weights are random.
+FULL: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama-3.2-1b": ("llama", {
+        "vocab_size": 128256, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16,
+        "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 64, "tie_word_embeddings": True,
+        "max_position_embeddings": 131072, "rope_parameters": {
+            "rope_type": "llama3", "rope_theta": 500000.0, "factor": 32.0, "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}}),
+    "qwen3-0.6b": ("qwen3", {
+        "vocab_size": 151936, "hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28,
+        "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128, "tie_word_embeddings": True,
+        "max_position_embeddings": 40960, "rms_norm_eps": 1e-6,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}),
+}  # fmt: skip
+
+
+@dataclass
+class Model:
+    """A checkpoint, and the artifact built from it, opened."""
+
+    checkpoint: Path
+    session: Session
+
+    def reference(self, tokens: list[int], dtype: torch.dtype) -> F32:
+        """Logits of Transformers on the GPU (on the CPU, if torch was built for that only)."""
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        model = random_checkpoint.load_reference(self.checkpoint, dtype).to(device)
+        try:
+            with torch.no_grad():
+                out: F32 = model(torch.tensor([tokens], device=device)).logits[0].float().cpu().numpy()
+            return out
+        finally:
+            del model
+            gc.collect()
+            if device == "cuda":
+                torch.cuda.empty_cache()
+
+
+def open_model(directory: Path, family: str, changes: dict[str, Any], max_context: int) -> Model:
+    assert PROFILE is not None
+    checkpoint = random_checkpoint.make(directory, family, **changes)
+    build(str(checkpoint), PROFILE, directory / "artifact", BuildOptions(max_context=max_context))
+    return Model(checkpoint, kogc.load(directory / "artifact"))
+
+
+@pytest.fixture(scope="module", params=SMALL)
+def small(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Model]:
+    family, changes = SMALL[request.param]
+    model = open_model(tmp_path_factory.mktemp("small"), family, changes, 400)
+    with model.session:
+        yield model
+
+
+@pytest.fixture(scope="module", params=FULL)
+def full(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Model]:
+    family, changes = FULL[request.param]
+    model = open_model(tmp_path_factory.mktemp("full"), family, changes, 1024)
+    with model.session:
+        yield model
+
+
+def random_tokens(session: Session, count: int, seed: int = 0) -> list[int]:
+    return [int(t) for t in np.random.default_rng(seed).integers(0, session.spec.vocab, count)]
+
+
+def relative(ours: F32, exact: F32) -> float:
+    return float(np.linalg.norm(ours - exact) / np.linalg.norm(exact))
+
+
+def check_choices(chosen: NDArray[np.int64], exact: F32, error: float) -> int:
+    """Where the reference's best two differ by more than `error`, its best is chosen. Returns how many places."""
+    top = np.partition(exact, -2, axis=1)[:, -2:]
+    clear = top[:, 1] - top[:, 0] > error
+    wrong = np.flatnonzero(clear & (chosen != exact.argmax(axis=1)))
+    assert wrong.size == 0, f"tokens after positions {wrong[:8].tolist()} differ from the reference"
+    return int(clear.sum())
+
+
+def check_teacher_forced(model: Model, tokens: list[int]) -> None:
+    """Logits no further from FP32 than those of Transformers in BF16, and the same choices where they are clear."""
+    exact, bf16 = (model.reference(tokens, dtype) for dtype in (torch.float32, torch.bfloat16))
+    ours = model.session.logits(tokens)
+    print(f"relative logit error {relative(ours, exact):.2e}, Transformers in BF16 {relative(bf16, exact):.2e}")
+    assert relative(ours, exact) <= relative(bf16, exact)
+    assert check_choices(ours.argmax(axis=1), exact, float(np.abs(bf16 - exact).max())) > 0
+
+
+def check_generated(model: Model, prompt: list[int], count: int) -> None:
+    """Each generated token is what the reference would choose after the ones before it, where that is clear."""
+    made = model.session.generate(prompt, count, stop=()).tokens
+    assert len(made) == count
+    exact, bf16 = (
+        model.reference(prompt + made[:-1], dtype)[len(prompt) - 1 :] for dtype in (torch.float32, torch.bfloat16)
+    )
+    check_choices(np.array(made), exact, float(np.abs(bf16 - exact).max()))
+
+
+def test_small_models_teacher_forced(small: Model) -> None:
+    check_teacher_forced(small, random_tokens(small.session, 300))
+
+
+def test_small_models_generate(small: Model) -> None:
+    check_generated(small, random_tokens(small.session, 5), 200)
+
+
+def test_small_models_after_other_prompts(small: Model) -> None:
+    """What an earlier launch left in cache and exchange buffer does not show."""
+    tokens = random_tokens(small.session, 20)
+    first = small.session.logits(tokens)
+    small.session.generate(random_tokens(small.session, 150, seed=1), 200, stop=())
+    assert np.array_equal(small.session.logits(tokens), first)
+
+
+@pytest.mark.timeout(900)
+def test_full_size_teacher_forced(full: Model) -> None:
+    check_teacher_forced(full, random_tokens(full.session, 256))
+
+
+@pytest.mark.timeout(900)
+def test_full_size_generates(full: Model) -> None:
+    check_generated(full, random_tokens(full.session, 8), 256)
+
+
+def test_full_size_runs_are_bit_identical(full: Model) -> None:
+    tokens = random_tokens(full.session, 256)
+    first, second = full.session.logits(tokens), full.session.logits(tokens)
+    assert np.array_equal(first.view(np.uint32), second.view(np.uint32))
+    runs = [full.session.generate(tokens[:8], 256, stop=()).tokens for _ in range(2)]
+    assert runs[0] == runs[1]
+
+
+def test_full_size_tokens_stream_and_stop(full: Model) -> None:
+    """Tokens arrive while the kernel runs, and closing the stream ends it long before its last token."""
+    session = full.session
+    session.generate([5], 8, stop=())
+    whole = session.generate([5], 1000, stop=())
+    with session.stream([5], 1000, stop=()) as stream:
+        started = time.perf_counter()
+        pieces = [next(stream).token for _ in range(10)]
+    assert pieces == whole.tokens[:10]
+    assert time.perf_counter() - started < whole.seconds / 2
+    assert session.generate([5], 1000, stop=()).tokens == whole.tokens
+
+
+def test_stop_tokens_end_a_generation(small: Model) -> None:
+    tokens = small.session.generate([5, 6], 50, stop=()).tokens
+    made = small.session.generate([5, 6], 50, stop=[tokens[20]])
+    assert made.tokens == tokens[: tokens.index(tokens[20]) + 1]
+    assert made.finish_reason == "stop"
+
+
+@pytest.mark.parametrize("spec", ["smollm2-135m", "qwen2.5-1.5b"])
+@pytest.mark.timeout(900)
+def test_bench_of_dummy_weights(spec: str, tmp_path: Path) -> None:
+    assert PROFILE is not None
+    build(spec, PROFILE, tmp_path / "a", BuildOptions(max_context=1024, dummy_weights=True))
+    result = run_bench(tmp_path / "a", 64, (0, 500))
+    assert result["comparison"]["passed"] is True
+    assert 1e12 < result["ceiling_bytes_per_second"] < 6e12
+    assert all(test["tokens_per_second"] > 100 for test in result["tests"])
+
+
+def test_an_artifact_is_opened_and_closed_many_times(small: Model, tmp_path: Path) -> None:
+    """No memory is left behind: thirty more sessions of this size would not fit if it were."""
+    free = [_free_memory()]
+    for _ in range(3):
+        with kogc.load(small.checkpoint.parent / "artifact") as session:
+            session.logits([3, 4, 5])
+        free.append(_free_memory())
+    assert free[-1] == free[1]
+
+
+def _free_memory() -> int:
+    from cuda.bindings import driver
+
+    status, free, _ = driver.cuMemGetInfo()
+    assert status == driver.CUresult.CUDA_SUCCESS
+    return int(free)
