@@ -1,0 +1,151 @@
+// What the common code asks of the hardware, on any machine with a C++ compiler: a stand-in for cuda/machine.cuh, so that
+// the source of a CUDA kernel also runs without a GPU (slowly, and in more orders than a GPU would ever show).
+#pragma once
+#define KOGC_DEVICE inline
+#define KOGC_KERNEL extern "C"
+#define KOGC_UNROLL
+#define KOGC_BOUNDS(threads)
+#define KOGC_PARAMETER const
+
+#include "common/args.h"
+#include "emulate/memory.h"
+#include "emulate/numbers.h"
+
+
+namespace kogc {
+
+constexpr int LANES = 32, WARPS = 8, THREADS = LANES * WARPS;
+constexpr int PRODUCER = WARPS;  // the warp that issues the copies
+
+using emulated::machine;
+
+KOGC_DEVICE int thread() { return machine->current->thread; }
+KOGC_DEVICE int lane() { return thread() & 31; }
+KOGC_DEVICE int warp() { return thread() >> 5; }
+KOGC_DEVICE int block() { return machine->current->block; }
+KOGC_DEVICE int block_count() { return (int)machine->blocks.size(); }
+KOGC_DEVICE int block_threads() { return machine->threads; }
+KOGC_DEVICE char* shared() { return machine->blocks[block()].shared; }
+
+// --- barriers and shuffles -------------------------------------------------------------------------------------------
+KOGC_DEVICE void sync() { emulated::meet(machine->blocks[block()].consumers, THREADS); }
+KOGC_DEVICE void sync_block() { emulated::meet(machine->blocks[block()].all, machine->threads); }
+KOGC_DEVICE void sync_warp() { emulated::together(emulated::SYNC_WARP, 0, [](emulated::Warp&) {}); }
+template <class T> KOGC_DEVICE T shuffle_xor(T v, int mask) {
+  emulated::Warp& w = machine->warp();
+  const int self = lane();
+  w.value[self] = 0;
+  memcpy(&w.value[self], &v, sizeof v);
+  emulated::together(emulated::SHUFFLE, mask, [mask](emulated::Warp& all) {
+    for (int i = 0; i < LANES; i++) all.exchanged[i] = all.value[i ^ mask];
+  });
+  memcpy(&v, &w.exchanged[self], sizeof v);
+  return v;
+}
+template <class T> KOGC_DEVICE T* opaque(T* p) { return p; }
+
+// --- words that carry their own readiness: relaxed, device scope -----------------------------------------------------
+struct alignas(16) Words { u32 x, y, z, w; };
+
+KOGC_DEVICE void store_word(void* p, u32 v) { emulated::store_later(p, v, 4); }
+KOGC_DEVICE void store_key(void* p, u64 v) { emulated::store_later(p, v, 8); }
+template <class T> KOGC_DEVICE T load_relaxed(const void* p) {
+  if ((size_t)p % sizeof(T)) emulated::violation("a load that is not aligned");
+  emulated::maybe_yield();
+  return *(const volatile T*)p;
+}
+KOGC_DEVICE u32 load_word(const void* p) { return load_relaxed<u32>(p); }
+KOGC_DEVICE u64 load_key(const void* p) { return load_relaxed<u64>(p); }
+KOGC_DEVICE Words load_words(const void* p) {  // only its words are atomic
+  if ((size_t)p % 16) emulated::violation("a vector load that is not aligned");
+  const u32* w = (const u32*)p;
+  const u32 x = load_word(w), y = load_word(w + 1), z = load_word(w + 2);
+  return {x, y, z, load_word(w + 3)};
+}
+KOGC_DEVICE void store_host(void* p, i32 v) { *(volatile i32*)p = v; }
+KOGC_DEVICE i32 load_host(const void* p) { return load_relaxed<i32>(p); }
+
+// --- plain data --------------------------------------------------------------------------------------------------------
+KOGC_DEVICE Words load_l2(const void* p) {
+  if ((size_t)p % 16) emulated::violation("a vector load that is not aligned");
+  emulated::maybe_yield();
+  return *(const Words*)p;
+}
+
+// --- tensor cores: c[16][8] += a[16][16] * b[16][8] ------------------------------------------------------------------------
+template <bool FP16> KOGC_DEVICE void mma(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+  emulated::Warp& w = machine->warp();
+  const int self = lane();
+  const u32 a[4] = {a0, a1, a2, a3}, b[2] = {b0, b1};
+  for (int i = 0; i < 4; i++) w.a[i][self] = a[i];
+  for (int i = 0; i < 2; i++) w.b[i][self] = b[i];
+  for (int i = 0; i < 4; i++) w.c[i][self] = c[i];
+  emulated::together(emulated::MMA, FP16, [](emulated::Warp& all) {
+    emulated::multiply(all, [](u16 v) { return FP16 ? half_to_float(v) : bf16_to_float(v); });
+  });
+  for (int i = 0; i < 4; i++) c[i] = w.c[i][self];
+}
+
+// The transpose of an 8 x 8 matrix of 16-bit elements; lane l holds row l / 4, columns l % 4 * 2 and + 1.
+KOGC_DEVICE u32 transpose8x8(u32 v) {
+  emulated::Warp& w = machine->warp();
+  const int self = lane();
+  w.value[self] = v;
+  emulated::together(emulated::TRANSPOSE, 0, [](emulated::Warp& all) {
+    const auto element = [&](int row, int column) { return all.value[row * 4 + column / 2] >> column % 2 * 16 & 0xffff; };
+    for (int i = 0; i < LANES; i++) all.exchanged[i] = element(i % 4 * 2, i / 4) | element(i % 4 * 2 + 1, i / 4) << 16;
+  });
+  return (u32)w.exchanged[self];
+}
+
+// --- bulk copies and the barriers that count their bytes --------------------------------------------------------------------
+using Barrier = u64;
+KOGC_DEVICE emulated::ByteBarrier* counting(Barrier* b) {
+  if (!emulated::in_shared(b, 8) || (size_t)b % 8) emulated::violation("a barrier outside of shared memory");
+  return (emulated::ByteBarrier*)b;
+}
+KOGC_DEVICE void barrier_init(Barrier* b, int arrivals) { *counting(b) = {0, (u32)arrivals & 0x7fff, (u32)arrivals & 0xffff, 0}; }
+KOGC_DEVICE void barrier_init_done() {}
+KOGC_DEVICE void barrier_arrive(Barrier* b) {
+  emulated::maybe_yield();
+  counting(b)->arrive();
+}
+KOGC_DEVICE void barrier_expect(Barrier* b, int bytes) {
+  counting(b)->bytes += bytes;
+  counting(b)->arrive();
+}
+KOGC_DEVICE bool barrier_test(Barrier* b, u32 parity) {
+  emulated::maybe_yield();
+  return counting(b)->phase != parity;
+}
+KOGC_DEVICE bool barrier_passed(Barrier* b, u32 parity) {
+  const bool passed = barrier_test(b, parity);
+  int& missed = machine->current->missed;
+  if (passed) missed = 0;
+  else if (++missed > 1) emulated::miss();  // a loop that does not call relax()
+  return passed;
+}
+KOGC_DEVICE void bulk_copy(void* to, const void* from, int bytes, Barrier* b) { emulated::start_copy(to, from, bytes, counting(b)); }
+KOGC_DEVICE void bulk_prefetch(const void* from, int bytes) {
+  if (((size_t)from | (size_t)bytes) % 16) emulated::violation("a prefetch that is not aligned to 16 bytes");
+}
+
+// --- time, and the end of patience -----------------------------------------------------------------------------------------
+KOGC_DEVICE long long clock_cycles() { return (long long)(machine->switches * 64); }
+KOGC_DEVICE u64 nanoseconds() {  // passes only with work done, and by leaps once nothing can happen any more
+  if (machine->stalled) machine->switches += 6000000000ull;
+  return 1 + machine->switches;
+}
+KOGC_DEVICE void fence_host() { emulated::flush_stores(); }
+[[noreturn]] KOGC_DEVICE void stop_kernel() {
+  machine->stopped = true;
+  for (;;) emulated::leave();
+}
+KOGC_DEVICE void relax() {
+  machine->current->missed = 0;
+  emulated::miss();
+}
+
+}  // namespace kogc
+
+#include "emulate/launch.h"

@@ -1,0 +1,170 @@
+"""Runs the rendered CUDA source without a GPU: the machine header is exchanged for its plain C++ stand-in.
+
+What is compiled is the kernel that ships, every thread a fiber, all blocks resident, in an order drawn from a seed.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from kogc import rope
+from kogc.checkpoint import open_checkpoint
+from kogc.packing import operands, write_weights
+from kogc.plan.plan import Plan
+from kogc.render import render
+from kogc.resources import data_dir
+from kogc.runtime.args import REPORT_WORDS, THREADS, kernel_args
+
+STATUS = {1: "stalled", 2: "threads wait at a barrier for ever", 3: "violation", -1: "no memory for the stacks"}
+FLAGS = ("-std=c++17", "-O2", "-fPIC", "-shared", "-fno-strict-aliasing", "-ffp-contract=off", "-Wall", "-Wno-unknown-pragmas")
+GUARD = 4096  # bytes after every buffer that the kernel writes
+MACHINE = "cuda/machine.cuh"
+
+Patch = Callable[[dict[str, str]], dict[str, str]]
+
+
+class EmulatorError(AssertionError):
+    """The kernel stalled, or used the machine in a way that the hardware does not allow."""
+
+
+def emulated_headers(headers: dict[str, str]) -> dict[str, str]:
+    """The headers of a rendered CUDA source with the machine exchanged, and what the emulated machine includes."""
+    folder = data_dir("templates") / "emulate"
+    own = {f"emulate/{path.name}": path.read_text() for path in sorted(folder.glob("*.h"))}
+    return {**headers, **own, MACHINE: own["emulate/machine.h"]}
+
+
+@functools.cache
+def _scratch() -> tempfile.TemporaryDirectory[str]:
+    return tempfile.TemporaryDirectory(prefix="kogc-emulated-")
+
+
+def build(plan: Plan, patch: Patch | None = None) -> Path:
+    """The shared library of a plan's kernel, compiled once a session; `patch` may change header texts."""
+    rendered = render(plan)
+    headers = patch(dict(rendered.headers)) if patch else rendered.headers
+    files = {**emulated_headers(headers), "kernel.cpp": rendered.source}
+    digest = hashlib.sha256("\0".join(f"{k}\0{v}" for k, v in sorted(files.items())).encode()).hexdigest()
+    folder = Path(_scratch().name) / digest
+    library = folder / "kernel.so"
+    if not library.exists():
+        for name, text in files.items():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_text(text)
+        compile_cpp(folder / "kernel.cpp", FLAGS, library)
+    return library
+
+
+def compile_cpp(source: Path, flags: Sequence[str], out: Path) -> None:
+    """Run the host's C++ compiler; the error carries what it said."""
+    command = [*compiler(), *flags, f"-I{source.parent}", str(source), "-o", str(out)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, f"{' '.join(command)}\n{done.stderr[:4000]}"
+
+
+def compiler() -> list[str]:
+    found = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
+    assert found, "no C++ compiler"
+    return [found]
+
+
+class Buffer:
+    """Bytes on a boundary of 4096, with a guard after them that must stay as it is."""
+
+    def __init__(self, size: int, fill: int = 0) -> None:
+        self._raw = np.full(size + GUARD + 4096, 0xA5, np.uint8)
+        start = -self._raw.ctypes.data % 4096
+        self.bytes = self._raw[start : start + size]
+        self.bytes[:] = fill
+        self._guard = self._raw[start + size :]
+
+    @property
+    def address(self) -> int:
+        return int(self.bytes.ctypes.data)
+
+    def check(self, name: str) -> None:
+        if (self._guard != 0xA5).any():
+            raise EmulatorError(f"a write past the end of {name}")
+
+
+class Emulated:
+    """A plan and its packed checkpoint on the emulated machine. The KV cache lives as long as this object."""
+
+    def __init__(self, plan: Plan, checkpoint: Path, patch: Patch | None = None) -> None:
+        self.plan = plan
+        self.library = ctypes.CDLL(str(build(plan, patch)))
+        self.buffers = _load_operands(plan, checkpoint)
+        self.buffers["kv"] = Buffer(plan.kv_bytes)
+        self.position = 0
+
+    def logits(self, tokens: Sequence[int], seed: int = 1, start: int = 0) -> np.ndarray:
+        """float32 [tokens, vocab], teacher-forced."""
+        out = Buffer(len(tokens) * self.plan.spec.vocab * 4, 0xFF)
+        self._launch(tokens, 0, (), seed, start, out)
+        return out.bytes.view(np.float32).reshape(len(tokens), -1)
+
+    def generate(
+        self, tokens: Sequence[int], n: int, stop: Sequence[int] = (), seed: int = 1, start: int = 0, halt: bool = False
+    ) -> list[int]:
+        """Greedy continuation of at most n tokens; `halt`: the host has asked for the end before the launch."""
+        return self._launch(tokens, n, stop, seed, start, None, halt)
+
+    def _launch(
+        self,
+        tokens: Sequence[int],
+        n: int,
+        stop: Sequence[int],
+        seed: int,
+        start: int,
+        logits: Buffer | None,
+        halt: bool = False,
+    ) -> list[int]:
+        own = {
+            "exchange": Buffer(self.plan.exchanges.bytes),
+            "prompt": Buffer(4 * len(tokens)),
+            "tokens": Buffer(4 * n, 0xFF),
+            "stop_word": Buffer(4, int(halt)),
+            "report": Buffer(4 * REPORT_WORDS),
+            **({"logits": logits} if logits else {}),
+        }
+        own["prompt"].bytes.view(np.int32)[:] = tokens
+        buffers = {**self.buffers, **own}
+        args = kernel_args({name: b.address for name, b in buffers.items()}, start, len(tokens), n, stop)
+        message = ctypes.create_string_buffer(200)
+        status = self.library.kogc_emulate(
+            ctypes.byref(args), self.plan.blocks, THREADS, self.plan.memory.bytes, ctypes.c_uint64(seed), message
+        )
+        self.report = own["report"].bytes.view(np.uint32).tolist()
+        if status:
+            raise EmulatorError(f"{STATUS[status]}: {message.value.decode()} report {self.report}")
+        for name, buffer in buffers.items():
+            buffer.check(name)
+        continuation = own["tokens"].bytes.view(np.int32).tolist()
+        return [token for token in continuation if token >= 0]
+
+
+def _load_operands(plan: Plan, checkpoint: Path) -> dict[str, Buffer]:
+    with tempfile.TemporaryDirectory() as scratch:
+        packed = Path(scratch) / "weights.bin"
+        with open_checkpoint(checkpoint, plan.spec) as opened:
+            write_weights(plan, opened, packed)
+        weights = np.fromfile(packed, np.uint8)
+    buffers = {}
+    for operand in operands(plan):
+        if operand.name == "inv_freq":
+            continue
+        buffers[operand.name] = Buffer(operand.bytes)
+        buffers[operand.name].bytes[:] = weights[operand.offset : operand.offset + operand.bytes]
+    table = rope.table(rope.inv_freq(plan.spec), plan.max_context, rope.attention_scaling(plan.spec))
+    buffers["rope"] = Buffer(table.nbytes)
+    buffers["rope"].bytes[:] = table.view(np.uint8).reshape(-1)
+    return buffers
