@@ -1,0 +1,77 @@
+// Mat-vec of 16-bit weights: a fragment is eight rows of 32 columns (or, in units of four rows, two blocks of 32 columns),
+// and each of its eight rows has an accumulator, so a piece of the activation is loaded once for all of them.
+#pragma once
+
+namespace kogc {
+
+template <class P> KOGC_DEVICE u16* activation() { return (u16*)(shared() + P::ACTIVATION_OFFSET); }
+
+// 32 columns of the activation, in the form in which weights meet them.
+#if defined(__AVX512BF16__)
+constexpr bool BF16_PRODUCTS = true;
+#else
+constexpr bool BF16_PRODUCTS = false;
+#endif
+
+template <bool FP16, bool DIRECT = BF16_PRODUCTS && !FP16> struct Columns {
+  static constexpr int PAIRS = 16 / VECTOR;
+  Pair x[PAIRS];
+
+  KOGC_DEVICE Columns(const u16* from) {
+    KOGC_UNROLL_ALL for (int i = 0; i < PAIRS; i++) x[i] = load_pair<FP16>(from + i * 2 * VECTOR);
+  }
+  KOGC_DEVICE Vector times(const u16* weights, Vector sum) const {
+    KOGC_UNROLL_ALL for (int i = 0; i < PAIRS; i++) {
+      const Pair w = load_pair<FP16>(weights + i * 2 * VECTOR);
+      sum = multiply_add(w.b, x[i].b, multiply_add(w.a, x[i].a, sum));
+    }
+    return sum;
+  }
+};
+
+#if defined(__AVX512BF16__)
+template <> struct Columns<false, true> {
+  __m512bh x;
+  KOGC_DEVICE Columns(const u16* from) : x((__m512bh)_mm512_loadu_si512(from)) {}
+  KOGC_DEVICE Vector times(const u16* weights, Vector sum) const {
+    return _mm512_dpbf16_ps(sum, (__m512bh)_mm512_loadu_si512(weights), x);
+  }
+};
+#endif
+
+// The rows of one unit times the activation, to y[UNIT]; `at` moves past the unit.
+template <class P, class M> KOGC_DEVICE void multiply_unit(const u8*& at, const u16* x, float (&y)[8]) {
+  constexpr int SUB_BLOCKS = 8 / M::UNIT;
+  Vector sum[8];
+  KOGC_UNROLL_ALL for (int r = 0; r < 8; r++) sum[r] = zero();
+  const u16* w = (const u16*)at;
+  for (const u16* const end = x + M::COLUMNS_PADDED; x < end; x += 32 * SUB_BLOCKS, w += 256) {
+    KOGC_UNROLL_ALL for (int r = 0; r < 8; r++) prefetch((const u8*)(w + 32 * r) + Stream<P>::AHEAD);
+    KOGC_UNROLL_ALL for (int s = 0; s < SUB_BLOCKS; s++) {
+      const Columns<P::FP16> columns(x + 32 * s);
+      KOGC_UNROLL_ALL for (int r = 0; r < M::UNIT; r++)
+        sum[s * M::UNIT + r] = columns.times(w + (s * M::UNIT + r) * 32, sum[s * M::UNIT + r]);
+    }
+  }
+  at = (const u8*)w;
+  _mm256_storeu_ps(y, sums_of(sum));
+  if constexpr (SUB_BLOCKS == 2)
+    for (int r = 0; r < 4; r++) y[r] += y[r + 4];
+}
+
+// y = W x for this block's rows. `prepare()` runs once before the first result; `result(i, y...)` gets TOGETHER
+// consecutive rows of the block, starting at its i-th.
+template <class P, class M, int TOGETHER, class Prepare, class Result>
+KOGC_DEVICE void matvec(Stream<P>& stream, int units, const Where&, Prepare prepare, Result result) {
+  prepare();
+  for (int unit = 0; unit < units; unit++) {
+    float y[8];
+    multiply_unit<P, M>(stream.at, activation<P>(), y);
+    for (int r = 0; r < M::UNIT; r += TOGETHER) {
+      if constexpr (TOGETHER == 2) result(unit * M::UNIT + r, y[r], y[r + 1]);
+      else result(unit * M::UNIT + r, y[r]);
+    }
+  }
+}
+
+}  // namespace kogc
