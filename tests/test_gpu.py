@@ -1,4 +1,4 @@
-"""The kernel on a real GPU against Transformers in FP32: every family small, two models at full size, and the loader."""
+"""The kernel on a real GPU against Transformers in FP32: each family small, two models at full size; and the loader."""
 
 from __future__ import annotations
 
@@ -212,8 +212,8 @@ def test_bench_of_dummy_weights(spec: str, tmp_path: Path) -> None:
     assert all(test["tokens_per_second"] > 100 for test in result["tests"])
 
 
-def test_an_artifact_is_opened_and_closed_many_times(small: Model, tmp_path: Path) -> None:
-    """No memory is left behind: thirty more sessions of this size would not fit if it were."""
+def test_an_artifact_is_opened_and_closed_many_times(small: Model) -> None:
+    """No memory is left behind."""
     free = [_free_memory()]
     for _ in range(3):
         with kogc.load(small.checkpoint.parent / "artifact") as session:

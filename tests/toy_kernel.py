@@ -29,8 +29,13 @@ def continuation(prompt: list[int], count: int, vocab: int, start: int = 0) -> l
     return tokens[len(prompt) :]
 
 
+def view(kind: Any, count: int, address: int) -> Any:
+    """Memory at an address as an array."""
+    return np.ctypeslib.as_array((kind * count).from_address(address))
+
+
 def ints(address: int, count: int) -> Any:
-    return np.frombuffer((ctypes.c_int32 * max(count, 1)).from_address(address), np.int32)[:count]
+    return view(ctypes.c_int32, max(count, 1), address)[:count]
 
 
 class ToyKernel:
@@ -65,7 +70,7 @@ class ToyKernel:
 
     def _write_logits(self, args: KernelArgs, prompt: list[int]) -> None:
         count = len(prompt) * self.vocab
-        out = np.frombuffer((ctypes.c_float * count).from_address(args.logits), np.float32).reshape(-1, self.vocab)
+        out = view(ctypes.c_float, count, args.logits).reshape(-1, self.vocab)
         out[:] = 0
         for row, token in enumerate(prompt):
             out[row, next_token(token, args.start + row, self.vocab)] = 1
@@ -73,7 +78,7 @@ class ToyKernel:
 
 def fill(address: int, count: int, seed: int, amplitude: float, fp16: int) -> None:
     """Recognisable rather than random: every value is the seed."""
-    np.frombuffer((ctypes.c_uint16 * count).from_address(address), np.uint16)[:] = seed
+    view(ctypes.c_uint16, count, address)[:] = seed
 
 
 class ToyLibrary:
@@ -125,7 +130,7 @@ class ToyDriver:
         self.memory = 150 << 30
         self.init, self.load, self.devices = Status.CUDA_SUCCESS, Status.CUDA_SUCCESS, 1
         self.occupancy = 1
-        self.live: dict[int, Any] = {}
+        self.live: dict[Any, Any] = {}
         self.shared: dict[bytes, int] = {}
         self._handle = 0
         self._thread: threading.Thread | None = None
@@ -261,7 +266,7 @@ class ToyDriver:
         pointers = ctypes.cast(rest[8], ctypes.POINTER(ctypes.c_void_p))
         assert len(rest) == 10, "grid, block, shared memory, stream, parameters, extra"
         if function == b"kogc_fill":
-            kinds = (ctypes.c_uint64, ctypes.c_uint64, ctypes.c_uint32, ctypes.c_float, ctypes.c_int32)
+            kinds: tuple[Any, ...] = (ctypes.c_uint64, ctypes.c_uint64, ctypes.c_uint32, ctypes.c_float, ctypes.c_int32)
             fill(*(kind.from_address(pointers[i]).value for i, kind in enumerate(kinds)))
         return (Status.CUDA_SUCCESS,)
 

@@ -9,8 +9,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from ..errors import KogcError
 from .driver import Driver
 
@@ -63,7 +61,7 @@ class Uploader:
             size = min(self._chunk, count - start)
             address, event = self._addresses[self._turn], self._events[self._turn]
             self._driver.call("cuEventSynchronize", event)  # until the last copy from this buffer is through
-            fill(memoryview(np.frombuffer((ctypes.c_ubyte * size).from_address(address), np.uint8)), start)
+            fill(memoryview((ctypes.c_ubyte * size).from_address(address)).cast("B"), start)
             self._driver.call("cuMemcpyHtoDAsync", target + start, address, size, self._stream)
             self._driver.call("cuEventRecord", event, self._stream)
             self._turn = 1 - self._turn
