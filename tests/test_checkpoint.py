@@ -139,7 +139,7 @@ def test_rows_outside_the_tensor_are_a_mistake_of_the_caller(tmp_path: Path) -> 
 
 
 def test_reading_a_few_rows_does_not_hold_the_tensor(tmp_path: Path) -> None:
-    """A sparse file of 4 GiB under an address space of 3: only a reader that streams can open it."""
+    """A sparse file of 4 GiB, with 256 MiB of address space left: only a reader that streams can read it."""
     spec = replace(load_spec("llama-3.2-1b"), layers=1, vocab=1 << 20)
     header, offset = {}, 0
     for name, shape in expected_tensors(spec).items():

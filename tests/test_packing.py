@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import tracemalloc
 from dataclasses import replace
 from pathlib import Path
 
@@ -184,6 +185,20 @@ def test_progress_ends_at_the_total(tmp_path: Path) -> None:
         write_weights(plan, checkpoint, tmp_path / "again.bin", lambda done, total: seen.append((done, total)))
     assert seen == sorted(seen)
     assert seen[-1][0] == seen[-1][1]
+
+
+def test_packing_takes_memory_for_a_few_pieces_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    overrides = {"vocab_size": 20011, "hidden_size": 384, "intermediate_size": 1536, "dtype": "float32"}
+    plan, checkpoint, out = packed(tmp_path, "llama", overrides, 8)
+    monkeypatch.setattr(packing, "JOB_BYTES", 1 << 17)
+    tracemalloc.start()
+    try:
+        with checkpoint:
+            write_weights(plan, checkpoint, out)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < total_bytes(plan) / 10
 
 
 def test_a_reference_on_slabs_is_one_on_the_checkpoint(tmp_path: Path) -> None:
