@@ -32,7 +32,7 @@ lint: $(VENV)/.test
 
 # Renders generated/ again; a test fails when it differs.
 golden: $(VENV)/.installed
-	$(BIN)/python -m kogc.golden
+	$(BIN)/python tests/golden.py
 
 clean:
 	rm -rf build $(VENV)

@@ -28,7 +28,7 @@ VERSION_SECONDS = 10
 def examine() -> dict[str, Any]:
     """Plain data, ready for JSON; None and empty lists mean: not found. Sizes in bytes."""
     nvrtc = _attempt(nvrtc_version)
-    compilers = cxx_compilers()
+    cxx = _attempt(cxx_version)
     devices = cuda_report()
     cpu = cpu_report()
     return {
@@ -39,12 +39,13 @@ def examine() -> dict[str, Any]:
         "packages": {name: _version(name) for name in (*REQUIRED, *OPTIONAL)},
         "nvrtc": nvrtc,
         "cuda": devices,
-        "compilers": compilers,
+        "compilers": cxx_compilers(),
+        "cxx": cxx,
         "cpu": cpu,
         "cache": cache_report(),
         "hub_cache": hub_cache(),
-        "builds": [*(["cuda"] if nvrtc else []), *(["cpu"] if compilers else [])],
-        "runs": [*(d["profile"] for d in devices["devices"] if d["profile"]), *([cpu["profile"]] if compilers else [])],
+        "builds": [*(["cuda"] if nvrtc else []), *(["cpu"] if cxx and cpu["profile"] else [])],
+        "runs": [d["profile"] for d in (*devices["devices"], cpu) if d["profile"]],
     }
 
 
@@ -60,6 +61,13 @@ def nvrtc_version() -> str:
     if status != nvrtc.nvrtcResult.NVRTC_SUCCESS:
         raise RuntimeError(str(status))
     return f"{major}.{minor}"
+
+
+def cxx_version() -> str:
+    """Name and version of the C++ compiler that a build would use."""
+    from .targets.cpu import version
+
+    return version()
 
 
 def cuda_report() -> dict[str, Any]:

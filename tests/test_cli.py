@@ -298,10 +298,11 @@ def test_doctor_says_what_is_here(tmp_path: Path) -> None:
 def test_doctor_survives_an_empty_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "/nonexistent")
     monkeypatch.setattr("kogc.doctor.nvrtc_version", lambda: 1 // 0)
+    monkeypatch.setattr("kogc.doctor.cxx_version", lambda: 1 // 0)
     monkeypatch.setattr("kogc.doctor._version", lambda name: None)
     result = kogc_cli("doctor")
     assert result.exit_code == 1
-    for line in ("nvrtc:      not found", "missing:    numpy", "C++:        no compiler", "can build:  nothing"):
+    for line in ("nvrtc:      not found", "missing:    numpy", "C++ used:   none: install", "can build:  nothing"):
         assert line in result.stdout
 
 

@@ -42,8 +42,7 @@ def _lines(report: dict[str, Any], missing: list[str]) -> list[tuple[str, str]]:
         lines.append((f"GPU {device['index']}", f"{device['name']} ({facts}): {profile}"))
     for compiler in report["compilers"]:
         lines.append(("C++", f"{compiler['name']}: {compiler['version']}"))
-    if not report["compilers"]:
-        lines.append(("C++", "no compiler: install g++ or clang++, or the extra kogc[cpu]"))
+    lines.append(("C++ used", report["cxx"] or "none: install g++ or clang++, or the extra kogc[cpu]"))
     writable = "" if cache["writable"] else ", not writable: every build compiles anew"
     return [
         *lines,

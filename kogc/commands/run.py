@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from typing import TYPE_CHECKING
 
 import click
@@ -10,6 +9,7 @@ import click
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from ..plan.plan import Plan
     from ..session import Session
 
 
@@ -55,23 +55,24 @@ def _prompt(text: str | None, file: str | None, tokens: str | None) -> str | Seq
 
 
 def _run(session: Session, prompt: str | Sequence[int], count: int) -> None:
-    times: list[float] = []
     with session.stream(prompt, count) as stream:
         for piece in stream:
-            times.append(time.perf_counter())
             click.echo(piece.text if session.tokenizer else f"{piece.token} ", nl=False)
     click.echo()
-    line = f"{stream.prompt_tokens} prompt tokens, {len(times)} generated"
-    if len(times) > 1 and times[-1] > times[0]:
-        rate = (len(times) - 1) / (times[-1] - times[0])
-        line += _figures(session, stream.prompt_tokens + len(times) // 2, rate)
-    click.echo(line, err=True)
+    made = len(stream.tokens)
+    figures = _figures(session.runtime.plan, stream.prompt_tokens, made, stream.seconds) if stream.seconds else ""
+    click.echo(f"{stream.prompt_tokens} prompt tokens, {made} generated{figures}", err=True)
 
 
-def _figures(session: Session, depth: int, rate: float) -> str:
-    """Speed, bandwidth (weights and the KV cache at `depth` per token), and its share of the measured ceiling."""
-    plan = session.runtime.plan
-    bandwidth = rate * (plan.weight_bytes + plan.kv_bytes_read(depth))
+def _figures(plan: Plan, prompt: int, made: int, seconds: float) -> str:
+    """Speed over prompt and continuation as timed on the device, bytes read, and their share of the measured ceiling.
+
+    Every token but the last made is a pass; the vocabulary projection is read only for the tokens that are made.
+    """
+    passes = prompt + made - 1
+    layers = plan.weight_bytes - plan.head.units * plan.head.unit_bytes
+    read = passes * layers + made * (plan.weight_bytes - layers)
+    read += sum(plan.kv_bytes_read(position) for position in range(passes))
     ceiling = plan.profile.measured.read_bandwidth
-    share = f"{bandwidth / ceiling:.0%} of the read ceiling" if ceiling else "read ceiling n/a (see kogc bench)"
-    return f", {rate:,.1f} tok/s, {bandwidth / 1e9:,.1f} GB/s, {share}"
+    share = f"{read / seconds / ceiling:.0%} of the read ceiling" if ceiling else "read ceiling n/a (see kogc bench)"
+    return f", {passes / seconds:,.1f} tok/s, {read / seconds / 1e9:,.1f} GB/s, {share}"
