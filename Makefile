@@ -43,7 +43,7 @@ $(VENV)/bin/python:
 # The demo runs on machines without a C++ compiler too: then the wheel of one is installed.
 $(VENV)/.installed: pyproject.toml | $(VENV)/bin/python
 	$(PIP) -e .
-	@command -v c++ || command -v g++ || command -v clang++ || $(PIP) -e '.[cpu]'
+	@command -v c++ >/dev/null || command -v g++ >/dev/null || command -v clang++ >/dev/null || $(PIP) -e '.[cpu]'
 	@touch $@
 
 # Torch is asked for by its version first: the plain name can bring gigabytes of CUDA packages.
