@@ -1,0 +1,195 @@
+"""The plan: everything that the kernel knows at compile time, derived from (spec, profile, options)."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from functools import cached_property
+
+from ..errors import UsageError
+from ..profile import GpuProfile
+from ..spec import ModelSpec
+from .exchange import ExchangeMap, exchange_map
+from .matvec import WARPS, MatVec, cut, round_up
+from .shared_memory import HEAD_TILE, SharedMemory, shared_memory
+
+CHUNK = 128  # positions of the KV cache that a block takes at a time
+
+
+@dataclass(frozen=True)
+class Knobs:
+    """What a tuner may choose without changing the result's meaning.
+
+    stage_bytes: one slot of the ring; in_flight: stages being copied at once while layers run; in_flight_head: the
+    same while the vocabulary projection streams; gather_splits: most attention splits that are combined while
+    gathering, before a separate combine step pays; prefetch: stages fetched into L2 ahead of a full ring;
+    pace: clocks between two such fetches.
+    """
+
+    stage_bytes: int = 16384
+    in_flight: int = 3
+    in_flight_head: int = 4
+    gather_splits: int = 2
+    prefetch: int = 8
+    pace: int = 900
+
+
+@dataclass(frozen=True)
+class Options:
+    """A build's choices: context limit in tokens (None: the model's own), number of blocks (None: the profile's)."""
+
+    max_context: int | None = None
+    blocks: int | None = None
+    knobs: Knobs = Knobs()
+
+
+@dataclass(frozen=True)
+class Plan:
+    spec: ModelSpec
+    profile: GpuProfile
+    knobs: Knobs
+    blocks: int
+    max_context: int
+    notes: tuple[str, ...] = ()
+
+    @property
+    def target(self) -> str:
+        return self.profile.target
+
+    @cached_property
+    def layer_phases(self) -> tuple[MatVec, ...]:
+        """The four mat-vec phases of a layer in the order of the slab; each starts its remainder where the last ended."""
+        s = self.spec
+        shapes = (
+            ("qkv", s.qkv_rows, s.hidden),
+            ("o", s.hidden, s.q_rows),
+            ("gate_up", 2 * s.ffn, s.hidden),
+            ("down", s.hidden, s.ffn),
+        )
+        phases: list[MatVec] = []
+        rotation = 0
+        for name, rows, columns in shapes:
+            phases.append(cut(name, rows, columns, self.blocks, rotation))
+            rotation = (rotation + phases[-1].remainder) % self.blocks
+        return tuple(phases)
+
+    @cached_property
+    def head(self) -> MatVec:
+        """The vocabulary projection."""
+        last = self.layer_phases[-1]
+        rotation = (last.rotation + last.remainder) % self.blocks
+        return cut("head", self.spec.vocab, self.spec.hidden, self.blocks, rotation)
+
+    @property
+    def phases(self) -> tuple[MatVec, ...]:
+        return (*self.layer_phases, self.head)
+
+    def layer_bytes(self, block: int) -> int:
+        return sum(p.bytes_of(block) for p in self.layer_phases)
+
+    @cached_property
+    def slab_bytes(self) -> int:
+        """Distance between two blocks' slabs: the longest slab, aligned to 128 bytes."""
+        longest = max(self.spec.layers * self.layer_bytes(b) + self.head.bytes_of(b) for b in range(self.blocks))
+        return round_up(longest, 128)
+
+    def slab_offset(self, layer: int, phase: MatVec, block: int) -> int:
+        """Byte offset of `phase` of `layer` in the slab of `block` (the head: layer = number of layers)."""
+        offset = layer * self.layer_bytes(block)
+        for p in self.layer_phases:
+            if phase.name in (p.name, "head"):
+                break
+            offset += p.bytes_of(block)
+        return offset
+
+    @property
+    def weight_bytes(self) -> int:
+        """Weight bytes read per token by all blocks together."""
+        per_layer = sum(p.units * p.unit_bytes for p in self.layer_phases)
+        return self.spec.layers * per_layer + self.head.units * self.head.unit_bytes
+
+    @property
+    def head_tiles(self) -> int:
+        """Attention units of one KV head: its query heads in tiles of at most HEAD_TILE."""
+        return -(-self.spec.group // HEAD_TILE)
+
+    @property
+    def heads_per_block(self) -> int:
+        """Query heads that one attention unit handles."""
+        return -(-self.spec.group // self.head_tiles)
+
+    @property
+    def splits(self) -> int:
+        """Blocks that share the context of one attention unit."""
+        return max(1, self.blocks // (self.spec.kv_heads * self.head_tiles))
+
+    @property
+    def chunks(self) -> int:
+        return -(-self.max_context // CHUNK)
+
+    @property
+    def kv_bytes(self) -> int:
+        """Size of the KV cache: [layer][kv head][chunk][K, V] of CHUNK x head_dim BF16."""
+        return self.spec.layers * self.spec.kv_heads * self.chunks * CHUNK * self.spec.head_dim * 4
+
+    def kv_bytes_read(self, depth: int) -> int:
+        """KV bytes that one token at `depth` must read, over all layers."""
+        return sum(self._kv_layer(depth, layer) for layer in range(self.spec.layers))
+
+    def _kv_layer(self, depth: int, layer: int) -> int:
+        window = self.window(layer)
+        positions = min(depth, window) if window else depth
+        return positions * self.spec.kv_heads * self.spec.head_dim * 4
+
+    def window(self, layer: int) -> int:
+        """Sliding window of `layer` in positions, 0 for full attention."""
+        return self.spec.window(layer) or 0
+
+    @cached_property
+    def exchanges(self) -> ExchangeMap:
+        return exchange_map(self.spec, self.blocks, self.splits)
+
+    @cached_property
+    def memory(self) -> SharedMemory:
+        return shared_memory(self)
+
+    @property
+    def embedding_bytes(self) -> int:
+        return self.spec.vocab * self.spec.hidden * 2
+
+    @property
+    def ceiling_seconds(self) -> float:
+        """Time to read the weights of one token at the profile's measured (else data-sheet) bandwidth, 0 if unknown."""
+        bandwidth = self.profile.ceiling
+        return self.weight_bytes / bandwidth if bandwidth else 0.0
+
+
+def make_plan(spec: ModelSpec, profile: GpuProfile, options: Options = Options()) -> Plan:
+    """Derive the plan. Raises UsageError naming the flag when an option cannot be met."""
+    blocks = options.blocks or profile.blocks or len(os.sched_getaffinity(0))
+    if blocks < 1 or (profile.target == "cuda" and blocks > profile.sms):
+        raise UsageError(f"--blocks {blocks}: {profile.name} has {profile.sms} SMs")
+    wanted = options.max_context or spec.max_context
+    if wanted < 1 or wanted > spec.max_context:
+        raise UsageError(f"--max-context {wanted}: {spec.name} is defined for 1 to {spec.max_context} tokens")
+    plan = Plan(spec, profile, options.knobs, blocks, wanted)
+    fits = _context_that_fits(plan)
+    if fits >= wanted:
+        return plan
+    if fits < CHUNK or options.max_context:
+        raise UsageError(f"--max-context {wanted}: {spec.name} on {profile.name} has memory for {max(fits, 0)} tokens")
+    note = f"context limited to {fits} tokens by the memory of {profile.name} (the model's own limit: {wanted})"
+    return Plan(spec, profile, options.knobs, blocks, fits, (note,))
+
+
+def _context_that_fits(plan: Plan) -> int:
+    if not plan.profile.memory_bytes:
+        return plan.max_context
+    reserve = plan.profile.memory_bytes // 16  # driver, context, exchanges, a neighbour's small change
+    free = plan.profile.memory_bytes - reserve - plan.blocks * plan.slab_bytes - plan.embedding_bytes
+    s = plan.spec
+    per_token = s.layers * s.kv_heads * s.head_dim * 4 + s.head_dim * 4
+    return free // per_token // CHUNK * CHUNK
+
+
+__all__ = ["CHUNK", "WARPS", "Knobs", "Options", "Plan", "make_plan"]

@@ -1,0 +1,62 @@
+"""The shared-memory map of a block: the ring first, then the vectors that the phases work on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from .matvec import WARPS, round_up
+
+if TYPE_CHECKING:
+    from .plan import Plan
+
+PARTIAL_UNITS = 32  # units whose partial sums are kept before they are added up
+HEAD_TILE = 8  # query heads that one attention block handles: half of the 16 rows of a tensor-core tile
+COMBINE_BYTES = 256 * 24  # a running softmax of four outputs for each thread, when splits are combined
+ROW_PAD = 8  # BF16 elements between query rows, so that the rows of a fragment lie in different banks
+
+
+@dataclass(frozen=True)
+class Region:
+    name: str
+    offset: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class SharedMemory:
+    stages: int
+    regions: tuple[Region, ...]
+    bytes: int
+
+    def __getitem__(self, name: str) -> Region:
+        return next(r for r in self.regions if r.name == name)
+
+
+def attention_scratch(head_dim: int, heads: int) -> int:
+    """Bytes of an attention block: query rows (high and low halves), the new key and value, the warps' outputs."""
+    query = 2 * HEAD_TILE * (head_dim + ROW_PAD) * 2
+    new = 2 * head_dim * 2
+    outputs = WARPS * heads * (head_dim + 4) * 4
+    return max(query + new + outputs, COMBINE_BYTES)
+
+
+def shared_memory(plan: Plan) -> SharedMemory:
+    """Fixed regions as needed, and as many ring stages as fit beside them."""
+    spec = plan.spec
+    activation = max(p.columns_padded for p in plan.phases) * 2
+    scratch = attention_scratch(spec.head_dim, plan.heads_per_block)
+    fixed = [
+        ("activation", round_up(max(activation, scratch), 128)),
+        ("partial", PARTIAL_UNITS * WARPS * 8 * 4),
+        ("residual", round_up(spec.hidden * 4, 128)),
+        ("reduce", 512),
+    ]
+    used = sum(size for _, size in fixed)
+    stages = (plan.profile.smem_per_block - used) // (plan.knobs.stage_bytes + 16) if plan.target == "cuda" else 0
+    regions = []
+    offset = 0
+    for name, size in [("ring", stages * plan.knobs.stage_bytes), *fixed, ("barriers", stages * 16)]:
+        regions.append(Region(name, offset, size))
+        offset += size
+    return SharedMemory(stages, tuple(regions), offset)

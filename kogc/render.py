@@ -1,0 +1,89 @@
+"""Render a plan into the one source of its monokernel: constants, the order of phases, and which headers it stands on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import sqrt
+
+import jinja2
+
+from .plan.plan import Plan
+from .plan.shared_memory import PARTIAL_UNITS
+from .resources import data_dir
+
+# Where a header of the generated source is found, in the order of inclusion; `{target}` is the target's directory.
+HEADERS = {
+    "cuda": (
+        "common/args.h", "cuda/machine.cuh", "common/spin.h", "common/numbers.h", "common/exchange.h",
+        "common/partition.h", "cuda/stream.cuh", "cuda/matvec.cuh", "common/residual.h", "cuda/attention.cuh",
+        "common/attention.h", "common/decoder.h", "cuda/kernels.cuh",
+    ),
+    "cpu": (
+        "common/args.h", "cpu/machine.hpp", "common/spin.h", "common/numbers.h", "common/exchange.h",
+        "common/partition.h", "cpu/stream.hpp", "cpu/matvec.hpp", "common/residual.h", "cpu/attention.hpp",
+        "common/attention.h", "common/decoder.h", "cpu/kernels.hpp",
+    ),
+}  # fmt: skip
+SUFFIX = {"cuda": "cu", "cpu": "cpp"}
+ORDER = ("qkv", "attention", "o", "gate_up", "down")
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """A monokernel's source text and the headers it includes, by the name it includes them under."""
+
+    name: str
+    source: str
+    headers: dict[str, str]
+
+
+def render(plan: Plan) -> Rendered:
+    """The source of `plan`; the same plan gives the same text."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(data_dir("templates")),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    files = HEADERS[plan.target]
+    source = environment.get_template("monokernel.jinja").render(
+        plan=plan,
+        headers=files,
+        model=_model_constants(plan),
+        window=_window_expression(plan),
+        gather_splits=min(plan.knobs.gather_splits, plan.splits),
+        partial_units=PARTIAL_UNITS,
+        phases=[("".join(word.capitalize() for word in p.name.split("_")), p) for p in plan.phases],
+        order=ORDER,
+    )
+    headers = {name: (data_dir("templates") / name).read_text() for name in files}
+    return Rendered(f"{plan.spec.name}_{plan.profile.name}.{SUFFIX[plan.target]}", source, headers)
+
+
+def _model_constants(plan: Plan) -> list[tuple[str, tuple[str, str]]]:
+    s = plan.spec
+    integers = {
+        "LAYERS": s.layers, "HIDDEN": s.hidden, "FFN": s.ffn, "VOCAB": s.vocab, "HEADS": s.heads,
+        "KV_HEADS": s.kv_heads, "GROUP": s.group, "HEAD_DIM": s.head_dim, "Q_ROWS": s.q_rows,
+    }  # fmt: skip
+    flags = {"FP16": s.dtype == "fp16", "QKV_BIAS": s.qkv_bias, "QK_NORM": s.qk_norm}
+    floats = {"NORM_EPS": s.norm_eps, "INVERSE_SQRT_HEAD_DIM": 1 / sqrt(s.head_dim)}
+    return [
+        *((name, ("int", str(value))) for name, value in integers.items()),
+        *((name, ("bool", str(value).lower())) for name, value in flags.items()),
+        *((name, ("float", f"{value!r}f")) for name, value in floats.items()),
+    ]
+
+
+def _window_expression(plan: Plan) -> str:
+    """A C expression for the sliding window of `layer`, 0 for full attention."""
+    s = plan.spec
+    windowed = [layer for layer in range(s.layers) if plan.window(layer)]
+    if not windowed:
+        return "0"
+    if len(windowed) == s.layers:
+        return str(s.sliding_window)
+    words = [sum(1 << (layer - first) for layer in windowed if first <= layer < first + 64) for first in range(0, s.layers, 64)]
+    test = " : ".join(f"layer < {64 * (i + 1)} ? {word}ull >> (layer - {64 * i}) & 1" for i, word in enumerate(words)) + " : 0"
+    return f"({test}) ? {s.sliding_window} : 0"

@@ -1,0 +1,37 @@
+// The kernel's arguments: all that is not known when the kernel is compiled.
+#pragma once
+
+namespace kogc {
+
+using u8 = unsigned char;
+using u16 = unsigned short;
+using u32 = unsigned int;
+using u64 = unsigned long long;
+using i32 = int;
+
+constexpr int MAX_STOP_TOKENS = 16;
+constexpr int REPORT_WORDS = 16;
+
+struct KernelArgs {
+  const u8* slabs;        // weights: one contiguous slab a block, in the order of use
+  const u16* embedding;   // [vocab][hidden]
+  const u16* norms;       // [2 * layers + 1][hidden]
+  const u16* qk_norms;    // [layers][2][head_dim]
+  const u16* qkv_bias;    // [layers][qkv rows]
+  const float* rope;      // [max_context][head_dim / 2][cos, sin]
+  u16* kv;                // [layer][kv head][chunk][K, V]
+  u8* exchange;           // zero at launch
+  const i32* prompt;      // [n_prompt]
+  i32* tokens;            // host-visible ring: token i of the continuation, -1 until it is known
+  float* logits;          // null, or [n_prompt][vocab]
+  const i32* stop_word;   // host-visible: the host stores 1 to end the generation
+  u32* report;            // host-visible: who waited for what, if the kernel ever stalls
+  i32 start, n_prompt, max_new, n_stop;
+  i32 stop[MAX_STOP_TOKENS];
+  u64* trace;             // null, or the event buffer of a tracing build
+};
+
+// Places where the kernel waits, as they appear in a stall report.
+enum Site { STAGE_FULL, STAGE_EMPTY, WAIT_QKV, WAIT_PARTIAL, WAIT_ATTENTION, WAIT_O, WAIT_HIDDEN, WAIT_DOWN, WAIT_KEYS };
+
+}  // namespace kogc

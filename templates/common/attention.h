@@ -1,0 +1,242 @@
+// Attention over the KV cache on all blocks. A unit is a KV head with up to eight of its query heads; SPLITS blocks share
+// a unit's context in chunks of 128 positions, dealt in turn, so that the same block always meets the same chunk: what it
+// wrote there it alone reads. Each split puts its unnormalised output with its maximum and sum; the readers combine.
+//
+// The target's AttentionCore<P> holds keys and values (fetched before the query exists) and does the products.
+#pragma once
+
+namespace kogc {
+
+// The chunks that a query at `position` sees.
+template <class P> struct Span {
+  int lowest, first, count;  // first position in the window, its chunk, number of chunks
+
+  KOGC_DEVICE Span(int position, int window) {
+    lowest = window && position >= window ? position - window + 1 : 0;
+    first = lowest / CHUNK;
+    count = position / CHUNK - first + 1;
+  }
+  KOGC_DEVICE int active() const { return count < P::SPLITS ? count : P::SPLITS; }
+  KOGC_DEVICE int split(int i) const { return (first + i) % P::SPLITS; }  // the i-th active split
+  KOGC_DEVICE int first_chunk(int split) const { return first + (split - first % P::SPLITS + P::SPLITS) % P::SPLITS; }
+  KOGC_DEVICE int end() const { return first + count; }
+};
+
+template <class P> KOGC_DEVICE u16* chunk_address(u16* kv, int layer, int kv_head, int chunk) {
+  return kv + (((u64)layer * P::KV_HEADS + kv_head) * P::CHUNKS + chunk) * (2 * CHUNK * P::HEAD_DIM);
+}
+
+template <class P> KOGC_DEVICE float* partial_address(u8* exchange, int head, int split) {
+  return (float*)(exchange + P::X_PARTIAL) + ((u64)head * P::SPLITS + split) * (P::HEAD_DIM + 4);
+}
+
+// One vector of a head: words (i, i + HEAD_DIM / 2) on a lane, as rotary embedding pairs them.
+template <class P> struct HeadVector {
+  static constexpr int HALF = P::HEAD_DIM / 2, PAIRS = (HALF + LANES - 1) / LANES;
+  float low[PAIRS], high[PAIRS];
+
+  static KOGC_DEVICE int index(int j) { return j * LANES + lane(); }
+  static KOGC_DEVICE bool owns(int j) { return HALF % LANES == 0 || index(j) < HALF; }
+
+  KOGC_DEVICE void take_from(const float* slot, u32 parity, const Where& where) {
+    KOGC_UNROLL for (int j0 = 0; j0 < PAIRS; j0 += BATCH) {
+      float v[2 * BATCH];
+      u32 pending = 0;
+      KOGC_UNROLL for (int j = 0; j < BATCH; j++) if (j0 + j < PAIRS && owns(j0 + j)) pending |= 3u << 2 * j;
+      take<2 * BATCH>(v, pending, parity, where, WAIT_QKV, [&](int i) { return slot + index(j0 + i / 2) + i % 2 * HALF; });
+      KOGC_UNROLL for (int j = 0; j < BATCH; j++) {
+        if (j0 + j >= PAIRS || !owns(j0 + j)) continue;
+        low[j0 + j] = v[2 * j];
+        high[j0 + j] = v[2 * j + 1];
+      }
+    }
+  }
+
+  KOGC_DEVICE void normalise(const u16* gamma) {
+    float squares = 0;
+    KOGC_UNROLL for (int j = 0; j < PAIRS; j++) if (owns(j)) squares += low[j] * low[j] + high[j] * high[j];
+    for (int m = LANES / 2; m; m /= 2) squares += shuffle_xor(squares, m);
+    const float scale = reciprocal_sqrt(squares * (1.0f / P::HEAD_DIM) + P::NORM_EPS);
+    KOGC_UNROLL for (int j = 0; j < PAIRS; j++) {
+      if (!owns(j)) continue;
+      low[j] *= scale * to_float<P::FP16>(gamma[index(j)]);
+      high[j] *= scale * to_float<P::FP16>(gamma[index(j) + HALF]);
+    }
+  }
+
+  KOGC_DEVICE void rotate(const float* rope) {  // rope: [HEAD_DIM / 2][cos, sin] of the position
+    KOGC_UNROLL for (int j = 0; j < PAIRS; j++) {
+      if (!owns(j)) continue;
+      const float cosine = rope[2 * index(j)], sine = rope[2 * index(j) + 1], a = low[j], b = high[j];
+      low[j] = a * cosine - b * sine;
+      high[j] = b * cosine + a * sine;
+    }
+  }
+
+  template <class Store> KOGC_DEVICE void store(Store to) const {
+    KOGC_UNROLL for (int j = 0; j < PAIRS; j++) {
+      if (!owns(j)) continue;
+      to(index(j), low[j]);
+      to(index(j) + HALF, high[j]);
+    }
+  }
+
+ private:
+  static constexpr int BATCH = PAIRS < 16 ? PAIRS : 16;
+};
+
+// Queries of the unit (normalised, rotated, scaled for exp2) and, where this split owns the new position, its key and value.
+template <class P>
+KOGC_DEVICE void prepare(const KernelArgs& args, AttentionCore<P>& core, int kv_head, int first_head, int heads, int position,
+                         bool owner, u32 parity, const Where& where) {
+  const float* qkv = (const float*)(args.exchange + P::X_QKV);
+  const float* rope = args.rope + (u64)position * P::HEAD_DIM;
+  const u16* gamma = args.qk_norms + (u64)where.layer * 2 * P::HEAD_DIM;
+  const float scale = LOG2E * P::INVERSE_SQRT_HEAD_DIM;
+  u16* chunk = chunk_address<P>(args.kv, where.layer, kv_head, position / CHUNK);
+  for (int i = warp(); i < heads + 2 * owner; i += WARPS) {
+    HeadVector<P> v;
+    const bool query = i < heads, key = i == heads;
+    const int row = query ? (first_head + i) * P::HEAD_DIM : P::Q_ROWS + ((key ? 0 : P::KV_HEADS) + kv_head) * P::HEAD_DIM;
+    v.take_from(qkv + row, parity, where);
+    if (query || key) {
+      if constexpr (P::QK_NORM) v.normalise(gamma + key * P::HEAD_DIM);
+      v.rotate(rope);
+    }
+    if (query) v.store([&](int d, float x) { core.store_query(i, d, x * scale); });
+    else if (key) v.store([&](int d, float x) { core.store_key(chunk, position % CHUNK, d, float_to_bf16(x)); });
+    else v.store([&](int d, float x) { core.store_value(chunk, position % CHUNK, d, float_to_bf16(x)); });
+  }
+}
+
+// This block's part of attention: every split of a unit puts a partial output, an empty one where it has no chunk, so that
+// the parity of every word changes with every layer.
+template <class P>
+KOGC_DEVICE void attend(const KernelArgs& args, int position, u32 parity, const Where& where) {
+  constexpr int UNITS = P::KV_HEADS * P::HEAD_TILES;
+  const Span<P> span(position, P::window(where.layer));
+  const int split = block() % P::SPLITS;
+  for (int unit = block() / P::SPLITS; unit < UNITS; unit += P::BLOCKS / P::SPLITS) {
+    const int kv_head = unit / P::HEAD_TILES, tile = unit % P::HEAD_TILES;
+    const int first_head = kv_head * P::GROUP + tile * P::HEADS_PER_BLOCK;
+    const int left = P::GROUP - tile * P::HEADS_PER_BLOCK, heads = left < P::HEADS_PER_BLOCK ? left : P::HEADS_PER_BLOCK;
+    const int first = span.first_chunk(split);
+    if (first >= span.end()) {
+      for (int i = thread(); i < heads * (P::HEAD_DIM + 4); i += THREADS) {
+        const int d = i % (P::HEAD_DIM + 4);
+        put(partial_address<P>(args.exchange, first_head + i / (P::HEAD_DIM + 4), split) + d, d == P::HEAD_DIM ? LOWEST : 0.0f, parity);
+      }
+      continue;
+    }
+    AttentionCore<P> core;
+    core.fetch(chunk_address<P>(args.kv, where.layer, kv_head, first));
+    const bool owner = position / CHUNK % P::SPLITS == split;
+    prepare<P>(args, core, kv_head, first_head, heads, position, owner, parity, where);
+    sync();
+    for (int chunk = first; chunk < span.end(); chunk += P::SPLITS) {
+      const int next = chunk + P::SPLITS;
+      const u16* following = next < span.end() ? chunk_address<P>(args.kv, where.layer, kv_head, next) : nullptr;
+      core.chunk(chunk * CHUNK, span.lowest, position, following);
+    }
+    core.finish(heads);
+    sync();
+    core.outputs(heads, [&](int head, int d, float value) {
+      put(partial_address<P>(args.exchange, first_head + head, split) + d, value, parity);
+    });
+    sync();
+  }
+}
+
+// Weight of a split's sums when the common maximum is `maximum`.
+KOGC_DEVICE float split_weight(const Words& sums, float maximum) {
+  return exp2_fast(as_float(sums.x) - maximum);
+}
+
+// x = attention outputs, combined from few splits while they are gathered.
+template <class P>
+KOGC_DEVICE void gather_partials(const KernelArgs& args, const Span<P>& span, u16* x, u32 parity, const Where& where) {
+  constexpr int VECTORS = P::Q_ROWS / 4, BATCH = VECTORS > THREADS ? 2 : 1, SPLITS = P::GATHER_SPLITS;
+  const int active = span.active();
+  for (int v0 = thread(); v0 < VECTORS; v0 += BATCH * THREADS) {
+    Words w[SPLITS * 2 * BATCH];  // [split][outputs, sums][vector]
+    u32 pending = 0;
+    KOGC_UNROLL for (int i = 0; i < SPLITS * 2 * BATCH; i++)
+      if (i / (2 * BATCH) < active && v0 + i % BATCH * THREADS < VECTORS) pending |= 1u << i;
+    take_vectors<SPLITS * 2 * BATCH>(w, pending, parity, where, WAIT_PARTIAL, [&](int i) {
+      const int word = 4 * (v0 + i % BATCH * THREADS), head = word / P::HEAD_DIM;
+      return partial_address<P>(args.exchange, head, span.split(i / (2 * BATCH))) + (i / BATCH % 2 ? P::HEAD_DIM : word % P::HEAD_DIM);
+    });
+    KOGC_UNROLL for (int j = 0; j < BATCH; j++) {
+      if (v0 + j * THREADS >= VECTORS) continue;
+      float maximum = LOWEST, sum = 0, o[4] = {};
+      KOGC_UNROLL for (int s = 0; s < SPLITS; s++) {
+        const float m = as_float(w[(s * 2 + 1) * BATCH + j].x);
+        if (s < active && m > maximum) maximum = m;
+      }
+      KOGC_UNROLL for (int s = 0; s < SPLITS; s++) {
+        if (s >= active) continue;
+        const Words &out = w[s * 2 * BATCH + j], &sums = w[(s * 2 + 1) * BATCH + j];
+        const float weight = split_weight(sums, maximum);
+        sum += weight * as_float(sums.y);
+        o[0] += weight * as_float(out.x);
+        o[1] += weight * as_float(out.y);
+        o[2] += weight * as_float(out.z);
+        o[3] += weight * as_float(out.w);
+      }
+      const float inverse = 1.0f / sum;
+      ((Quad16*)x)[v0 + j * THREADS] = {from_float<P::FP16>(o[0] * inverse), from_float<P::FP16>(o[1] * inverse),
+                                        from_float<P::FP16>(o[2] * inverse), from_float<P::FP16>(o[3] * inverse)};
+    }
+  }
+}
+
+// Many splits: block h combines head h (ways of threads take the splits in turn), and the result is one more exchange.
+template <class P>
+KOGC_DEVICE void combine(const KernelArgs& args, const Span<P>& span, u32 parity, u32 out_parity, const Where& where) {
+  constexpr int VECTORS = P::HEAD_DIM / 4, WAYS = THREADS >= VECTORS ? THREADS / VECTORS : 1, ITEMS = WAYS * VECTORS;
+  struct Part { float o[4], maximum, sum; };
+  Part* parts = (Part*)scratch<P>();
+  const int active = span.active();
+  for (int head = block(); head < P::HEADS; head += P::BLOCKS) {
+    for (int item = thread(); item < ITEMS; item += THREADS) {
+      const int vector = item % VECTORS;
+      Part p = {{0, 0, 0, 0}, LOWEST, 0};
+      for (int i = item / VECTORS; i < active; i += 2 * WAYS) {
+        const int count = i + WAYS < active ? 2 : 1;
+        Words w[4];
+        take_vectors<4>(w, first_bits(2 * count), parity, where, WAIT_PARTIAL, [&](int k) {
+          return partial_address<P>(args.exchange, head, span.split(i + k / 2 * WAYS)) + (k % 2 ? P::HEAD_DIM : 4 * vector);
+        });
+        KOGC_UNROLL for (int k = 0; k < 2; k++) {
+          if (k >= count) continue;
+          const Words &out = w[2 * k], &sums = w[2 * k + 1];
+          const float m = as_float(sums.x) > p.maximum ? as_float(sums.x) : p.maximum;
+          const float keep = exp2_fast(p.maximum - m), weight = split_weight(sums, m);
+          p.sum = p.sum * keep + as_float(sums.y) * weight;
+          p.o[0] = p.o[0] * keep + as_float(out.x) * weight;
+          p.o[1] = p.o[1] * keep + as_float(out.y) * weight;
+          p.o[2] = p.o[2] * keep + as_float(out.z) * weight;
+          p.o[3] = p.o[3] * keep + as_float(out.w) * weight;
+          p.maximum = m;
+        }
+      }
+      parts[item] = p;
+    }
+    sync();
+    for (int vector = thread(); vector < VECTORS; vector += THREADS) {
+      float maximum = LOWEST, sum = 0, o[4] = {};
+      for (int i = 0; i < WAYS; i++) maximum = parts[i * VECTORS + vector].maximum > maximum ? parts[i * VECTORS + vector].maximum : maximum;
+      for (int i = 0; i < WAYS; i++) {
+        const Part& p = parts[i * VECTORS + vector];
+        const float weight = exp2_fast(p.maximum - maximum);
+        sum += p.sum * weight;
+        KOGC_UNROLL for (int e = 0; e < 4; e++) o[e] += p.o[e] * weight;
+      }
+      float* to = (float*)(args.exchange + P::X_ATTENTION) + head * P::HEAD_DIM + 4 * vector;
+      KOGC_UNROLL for (int e = 0; e < 4; e++) put(to + e, o[e] / sum, out_parity);
+    }
+    sync();
+  }
+}
+
+}  // namespace kogc

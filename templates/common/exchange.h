@@ -1,0 +1,46 @@
+// Vectors that cross blocks. Each FP32 word carries in its lowest mantissa bit the parity of its use, so a reader polls
+// the data itself: no flag, no fence, no reset. It is sound because a slot is rewritten only after the next exchange has
+// shown that every reader is done (kogc/plan/check.py proves it for the plan).
+#pragma once
+
+namespace kogc {
+
+KOGC_DEVICE void put(float* slot, float v, u32 parity) { store_word(slot, (as_word(v) & ~1u) | parity); }
+
+KOGC_DEVICE bool ready(const Words& w, u32 parity) {
+  return ((w.x & w.y & w.z & w.w) & 1u) == parity && ((w.x | w.y | w.z | w.w) & 1u) == parity;
+}
+
+// The same for single words.
+template <int N, class Address>
+KOGC_DEVICE void take(float (&v)[N], u32 pending, u32 parity, const Where& where, Site site, Address address) {
+  static_assert(N <= 32);
+  Spin spin;
+  while (pending) {
+    u32 w[N];
+    KOGC_UNROLL for (int i = 0; i < N; i++) if (pending >> i & 1) w[i] = load_word(address(i));
+    KOGC_UNROLL for (int i = 0; i < N; i++) {
+      if (!(pending >> i & 1) || (w[i] & 1u) != parity) continue;
+      v[i] = as_float(w[i]);
+      pending &= ~(1u << i);
+    }
+    if (pending) spin.step(where, site, parity);
+  }
+}
+
+// Fetch the vectors of four words that `pending` names, `address(i)` each. All loads are issued before the first is
+// checked: one after the other they would cost a round trip each.
+template <int N, class Address>
+KOGC_DEVICE void take_vectors(Words (&v)[N], u32 pending, u32 parity, const Where& where, Site site, Address address) {
+  static_assert(N <= 32);
+  Spin spin;
+  while (pending) {
+    KOGC_UNROLL for (int i = 0; i < N; i++) if (pending >> i & 1) v[i] = load_words(address(i));
+    KOGC_UNROLL for (int i = 0; i < N; i++) if ((pending >> i & 1) && ready(v[i], parity)) pending &= ~(1u << i);
+    if (pending) spin.step(where, site, parity);
+  }
+}
+
+KOGC_DEVICE u32 first_bits(int count) { return (1u << count) - 1; }
+
+}  // namespace kogc

@@ -1,0 +1,22 @@
+// The two 16-bit formats of weights. The KV cache is BF16 for both.
+#pragma once
+
+namespace kogc {
+
+constexpr float LOG2E = 1.4426950408889634f;
+constexpr float LOWEST = -1e30f;  // below every attention score, and harmless in exp2
+constexpr int CHUNK = 128;        // positions of the KV cache that a block takes at a time
+
+struct alignas(8) Quad16 { u16 a, b, c, d; };
+
+template <bool FP16> KOGC_DEVICE float to_float(u16 v) { return FP16 ? half_to_float(v) : bf16_to_float(v); }
+template <bool FP16> KOGC_DEVICE u16 from_float(float v) { return FP16 ? float_to_half(v) : float_to_bf16(v); }
+KOGC_DEVICE u32 pack16(u16 low, u16 high) { return (u32)low | (u32)high << 16; }
+
+// Order-preserving map of a float to an unsigned integer.
+KOGC_DEVICE u32 ordered(float v) {
+  const u32 w = as_word(v);
+  return w & 0x80000000u ? ~w : w | 0x80000000u;
+}
+
+}  // namespace kogc

@@ -1,0 +1,73 @@
+// The kernels of a CUDA binary: the generation itself, and two helpers of the loader (dummy weights, read ceiling).
+#pragma once
+
+namespace kogc {
+
+template <class P, class Copy, class Decode>
+KOGC_DEVICE void generate(const KernelArgs& args, Copy copy_step, Decode decode_step) {
+  Ring<P>::init();
+  const int steps = Generation<P>::steps(args);
+  if (warp() == PRODUCER) {
+    if (lane() != 0) return;
+    const u8* slab = args.slabs + block() * P::SLAB_BYTES;
+    Producer<P> producer(args, slab + P::SLAB_BYTES);
+    for (int step = 0; step < steps; step++) {
+      producer.rewind(slab);
+      if (!copy_step(producer, args, slab, step)) break;
+    }
+    producer.drain();
+    return;
+  }
+  Stream<P> stream;
+  Decoder<P, Stream<P>> decoder(args, stream);
+  for (int step = 0; step < steps; step++)
+    if (!decode_step(decoder, args, step)) break;
+  sync();
+  if (thread() == 0) *Ring<P>::finished() = 1;
+}
+
+KOGC_DEVICE u32 hash(u32 seed, u64 i) {
+  u32 h = (u32)i * 0x9e3779b1u ^ (u32)(i >> 32) * 0x85ebca77u ^ seed * 0xc2b2ae3du;
+  h ^= h >> 16;
+  h *= 0x7feb352du;
+  h ^= h >> 15;
+  h *= 0x846ca68bu;
+  return h ^ h >> 16;
+}
+
+// to[i] = uniform in (-amplitude, amplitude)
+KOGC_DEVICE void fill(u16* to, u64 n, u32 seed, float amplitude, int fp16) {
+  const u64 stride = (u64)block_count() * block_threads();
+  for (u64 i = (u64)block() * block_threads() + thread(); i < n; i += stride) {
+    const float v = ((float)hash(seed, i) * (2.0f / 4294967296.0f) - 1.0f) * amplitude;
+    to[i] = fp16 ? float_to_half(v) : float_to_bf16(v);
+  }
+}
+
+// Reads `bytes` once, each block its share through the ring as the weight stream does, with nothing to wait for.
+template <class P> KOGC_DEVICE void read_ceiling(const void* from, u64 bytes, u32* sink) {
+  Ring<P>::init();
+  const u64 share = bytes / P::BLOCKS / P::STAGE_BYTES * P::STAGE_BYTES;
+  const u8* source = (const u8*)from + block() * share;
+  const int stages = (int)(share / P::STAGE_BYTES);
+  Cursor<P> cursor;
+  if (warp() == PRODUCER) {
+    if (lane() != 0) return;
+    for (int i = 0; i < stages; i++, cursor.advance()) {
+      while (!barrier_passed(Ring<P>::empty(cursor.slot), cursor.parity ^ 1)) {}
+      barrier_expect(Ring<P>::full(cursor.slot), P::STAGE_BYTES);
+      bulk_copy(Ring<P>::stage(cursor.slot), source + (u64)i * P::STAGE_BYTES, P::STAGE_BYTES, Ring<P>::full(cursor.slot));
+    }
+    return;
+  }
+  u32 seen = 0;
+  for (int i = 0; i < stages; i++, cursor.advance()) {
+    while (!barrier_passed(Ring<P>::full(cursor.slot), cursor.parity)) {}
+    seen ^= *(const u32*)(Ring<P>::stage(cursor.slot) + thread() * 4);
+    sync_warp();
+    if (lane() == 0) barrier_arrive(Ring<P>::empty(cursor.slot));
+  }
+  if (seen == 0x9e3779b9u) *sink = seen;  // never taken in practice, but the reads must be kept
+}
+
+}  // namespace kogc

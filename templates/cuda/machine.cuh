@@ -1,0 +1,151 @@
+// What the common code asks of the hardware, on NVIDIA GPUs from sm_90: threads, barriers, relaxed memory, tensor cores,
+// bulk copies. Every inline instruction of the kernel is in this file; emulate/machine.h has a plain C++ body for each.
+#pragma once
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include "common/args.h"
+
+#define KOGC_DEVICE __device__ __forceinline__
+#define KOGC_KERNEL extern "C" __global__
+#define KOGC_UNROLL _Pragma("unroll")
+#define KOGC_BOUNDS(threads) __launch_bounds__(threads, 1)
+#define KOGC_PARAMETER const __grid_constant__
+
+namespace kogc {
+
+constexpr int LANES = 32, WARPS = 8, THREADS = LANES * WARPS;
+constexpr int PRODUCER = WARPS;  // the warp that issues the copies
+
+// Hides that a value is the same in every layer, so that what follows from it is computed where it is used: hoisted out of
+// the layer loop, the addresses of all phases together would not fit the registers.
+KOGC_DEVICE int opaque(int v) {
+  asm volatile("" : "+r"(v));
+  return v;
+}
+KOGC_DEVICE int thread() { return opaque(threadIdx.x); }
+KOGC_DEVICE int lane() { return opaque(threadIdx.x) & 31; }
+KOGC_DEVICE int warp() { return opaque(threadIdx.x) >> 5; }
+KOGC_DEVICE int block() { return opaque(blockIdx.x); }
+KOGC_DEVICE int block_count() { return gridDim.x; }
+KOGC_DEVICE int block_threads() { return blockDim.x; }
+KOGC_DEVICE char* shared() {
+  extern __shared__ __align__(128) char memory[];
+  return memory;
+}
+
+// --- barriers and shuffles -------------------------------------------------------------------------------------------
+KOGC_DEVICE void sync() { asm volatile("bar.sync 1, 256;" ::: "memory"); }  // the consumer warps
+KOGC_DEVICE void sync_block() { __syncthreads(); }
+KOGC_DEVICE void sync_warp() { __syncwarp(); }
+template <class T> KOGC_DEVICE T shuffle_xor(T v, int mask) { return __shfl_xor_sync(~0u, v, mask); }
+
+// --- words that carry their own readiness: relaxed, device scope -----------------------------------------------------
+struct alignas(16) Words { u32 x, y, z, w; };
+
+KOGC_DEVICE void store_word(void* p, u32 v) { asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" ::"l"(p), "r"(v) : "memory"); }
+KOGC_DEVICE void store_key(void* p, u64 v) { asm volatile("st.relaxed.gpu.global.u64 [%0], %1;" ::"l"(p), "l"(v) : "memory"); }
+KOGC_DEVICE u32 load_word(const void* p) {
+  u32 v;
+  asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(v) : "l"(p) : "memory");
+  return v;
+}
+KOGC_DEVICE Words load_words(const void* p) {
+  Words v;
+  asm volatile("ld.relaxed.gpu.global.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p) : "memory");
+  return v;
+}
+KOGC_DEVICE u64 load_key(const void* p) {
+  u64 v;
+  asm volatile("ld.relaxed.gpu.global.u64 %0, [%1];" : "=l"(v) : "l"(p) : "memory");
+  return v;
+}
+KOGC_DEVICE void store_host(void* p, i32 v) { asm volatile("st.relaxed.sys.global.u32 [%0], %1;" ::"l"(p), "r"(v) : "memory"); }
+KOGC_DEVICE i32 load_host(const void* p) {
+  i32 v;
+  asm volatile("ld.relaxed.sys.global.u32 %0, [%1];" : "=r"(v) : "l"(p) : "memory");
+  return v;
+}
+
+// --- plain data --------------------------------------------------------------------------------------------------------
+KOGC_DEVICE Words load_l2(const void* p) {  // past the first-level cache: the KV cache is written while the kernel runs
+  Words v;
+  asm volatile("ld.global.cg.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p));
+  return v;
+}
+
+// --- numbers -----------------------------------------------------------------------------------------------------------
+KOGC_DEVICE float as_float(u32 v) { return __uint_as_float(v); }
+KOGC_DEVICE u32 as_word(float v) { return __float_as_uint(v); }
+KOGC_DEVICE float bf16_to_float(u16 v) { return __uint_as_float((u32)v << 16); }
+KOGC_DEVICE float half_to_float(u16 v) { return __half2float(__ushort_as_half(v)); }
+KOGC_DEVICE u16 float_to_bf16(float v) { return __bfloat16_as_ushort(__float2bfloat16_rn(v)); }
+KOGC_DEVICE u16 float_to_half(float v) { return __half_as_ushort(__float2half_rn(v)); }
+KOGC_DEVICE float exp2_fast(float v) {
+  float r;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(v));
+  return r;
+}
+KOGC_DEVICE float reciprocal_sqrt(float v) { return rsqrtf(v); }
+
+// --- tensor cores: c[16][8] += a[16][16] * b[16][8] ------------------------------------------------------------------------
+template <bool FP16> KOGC_DEVICE void mma(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+  if constexpr (FP16)
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+  else
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+
+// The transpose of an 8 x 8 matrix of 16-bit elements; lane l holds row l / 4, columns l % 4 * 2 and + 1.
+KOGC_DEVICE u32 transpose8x8(u32 v) {
+  u32 r;
+  asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(r) : "r"(v));
+  return r;
+}
+
+// --- bulk copies and the barriers that count their bytes --------------------------------------------------------------------
+using Barrier = u64;
+KOGC_DEVICE u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
+KOGC_DEVICE void barrier_init(Barrier* b, int arrivals) { asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(b)), "r"(arrivals)); }
+KOGC_DEVICE void barrier_init_done() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
+KOGC_DEVICE void barrier_arrive(Barrier* b) { asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(b)) : "memory"); }
+KOGC_DEVICE void barrier_expect(Barrier* b, int bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(b)), "r"(bytes) : "memory");
+}
+KOGC_DEVICE bool barrier_passed(Barrier* b, u32 parity) {
+  u32 ok;
+  asm volatile("{ .reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0,1,0,p; }"
+               : "=r"(ok) : "r"(shared_address(b)), "r"(parity) : "memory");
+  return ok;
+}
+KOGC_DEVICE bool barrier_test(Barrier* b, u32 parity) {
+  u32 ok;
+  asm volatile("{ .reg .pred p; mbarrier.test_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0,1,0,p; }"
+               : "=r"(ok) : "r"(shared_address(b)), "r"(parity) : "memory");
+  return ok;
+}
+KOGC_DEVICE void bulk_copy(void* to, const void* from, int bytes, Barrier* b) {
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
+               ::"r"(shared_address(to)), "l"(from), "r"(bytes), "r"(shared_address(b)) : "memory");
+}
+KOGC_DEVICE void bulk_prefetch(const void* from, int bytes) {
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
+}
+
+// --- time, and the end of patience -----------------------------------------------------------------------------------------
+KOGC_DEVICE long long clock_cycles() { return clock64(); }
+KOGC_DEVICE u64 nanoseconds() {
+  u64 t;
+  asm volatile("mov.u64 %0, %globaltimer;" : "=l"(t));
+  return t;
+}
+KOGC_DEVICE void fence_host() { __threadfence_system(); }
+[[noreturn]] KOGC_DEVICE void stop_kernel() {
+  asm volatile("trap;");
+  __builtin_unreachable();
+}
+KOGC_DEVICE void relax() {}  // between two polls
+
+}  // namespace kogc
