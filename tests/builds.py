@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -62,6 +63,12 @@ def kogc_process(
     """Run a command in a process of its own."""
     command = process_command(*args, stub=stub, before=before)
     return subprocess.run(command, capture_output=True, text=True, env=process_env(tmp_path), timeout=120, check=False)
+
+
+def child_seconds() -> float:
+    """Processor time of all finished child processes: what they cost, however busy the machine is."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def tree(root: Path) -> dict[str, bytes]:

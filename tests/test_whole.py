@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from builds import kogc_process, one_line, process_command, process_env, tree
+from builds import child_seconds, kogc_process, one_line, process_command, process_env, tree
 from random_checkpoint import make
 
 from kogc.errors import KogcError
@@ -121,9 +121,9 @@ def test_cubin_is_built_without_a_gpu_and_cached(tmp_path: Path) -> None:
     seconds = []
     for out in ("first", "second", "second"):
         args = ("build", "llama-3.1-8b", "--gpu", "h200-sxm", "--dummy-weights", "-o", tmp_path / out, "--json")
-        start = time.perf_counter()
+        start = child_seconds()
         done = kogc_process(tmp_path, *args)
-        seconds.append(time.perf_counter() - start)
+        seconds.append(child_seconds() - start)
         assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["up_to_date"] is True
     assert seconds[0] < 60
