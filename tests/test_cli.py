@@ -9,7 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from builds import TOP, child_seconds, kogc_cli, kogc_process, one_line, process_command, process_env, stub_compiler, tree
+from builds import (
+    TOP,
+    child_seconds,
+    kogc_cli,
+    kogc_process,
+    one_line,
+    process_command,
+    process_env,
+    stub_compiler,
+    tree,
+)
 from random_checkpoint import make
 
 from kogc import targets
