@@ -6,8 +6,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
+from .checkpoint import F32, convert, to_float32
 from .errors import KogcError
 from .kv_layout import unpack_kv
 from .packing import SlabWeights
@@ -20,19 +20,23 @@ NEW_TOKENS = 16  # generated after them, for the test that two runs agree
 # Relative L2 error of a position's logits: the kernel rounds activations to the weights' type where the usual
 # implementations do, the reference nowhere; BF16 keeps 8 bits, FP16 11.
 LIMITS = {"bf16": 1e-2, "fp16": 3e-3}
+# Random models amplify rounding, the more so over a random cache (measured: 2e-2 at depth 500 in BF16, where a single
+# lost position gives 1e-1). Beyond LIMITS, an error may be this many times what rounding does to the reference itself.
+ROUNDING = 2.0
 DECIDED = 4.0  # the reference's choice counts where its top two differ by more than this many largest errors
 
 
 @dataclass(frozen=True)
 class Depth:
-    """The comparison at one depth. relative_error: the worst position's; decided: positions whose best token is clear.
+    """The comparison at one depth. relative_error: the worst position's, and its limit; both without unit.
 
-    agreeing: decided positions where kernel and reference choose the same token. Errors without unit.
+    decided: positions whose best token is clear; agreeing: those of them where kernel and reference choose the same.
     """
 
     depth: int
     positions: int
     relative_error: float
+    limit: float
     decided: int
     agreeing: int
 
@@ -42,7 +46,6 @@ class Comparison:
     """`repeatable`: two launches gave the same bits. `consistent`: each token made is the best of its logits."""
 
     depths: tuple[Depth, ...]
-    limit: float
     repeatable: bool
     consistent: bool
 
@@ -57,8 +60,8 @@ class Comparison:
         if not self.consistent:
             found.append("a generated token is not the best of its own logits")
         for d in self.depths:
-            if not d.relative_error <= self.limit:  # written so that NaN fails
-                error = f"relative logit error {d.relative_error:.2e} (limit {self.limit:.0e})"
+            if not d.relative_error <= d.limit:  # written so that NaN fails
+                error = f"relative logit error {d.relative_error:.2e} (limit {d.limit:.1e})"
                 found.append(f"depth {d.depth}: {error}")
             if d.agreeing < d.decided:
                 found.append(f"depth {d.depth}: {d.decided - d.agreeing} of {d.decided} clear greedy tokens differ")
@@ -70,11 +73,11 @@ class Comparison:
     def summary(self) -> str:
         """One line for people."""
         where = ", ".join(f"{d.positions} at depth {d.depth}" for d in self.depths)
+        errors = ", ".join(f"{d.relative_error:.1e} (limit {d.limit:.1e})" for d in self.depths)
         decided, agreeing = sum(d.decided for d in self.depths), sum(d.agreeing for d in self.depths)
         return (
-            f"FP32 reference on the device's own weights, positions: {where}; largest relative logit error "
-            f"{self.relative_error:.1e} (limit {self.limit:.0e}); greedy tokens agree at {agreeing} of {decided} clear "
-            "positions; two runs bit-identical"
+            f"FP32 reference on the device's own weights, positions: {where}; largest relative logit error: {errors}; "
+            f"greedy tokens agree at {agreeing} of {decided} clear positions; two runs bit-identical"
         )
 
 
@@ -83,11 +86,11 @@ def compare(runtime: Runtime, depths: tuple[int, ...] = (), seed: int = 0) -> Co
 
     Takes about as long as reading the weights back and multiplying by them on the CPU, once a depth.
     """
-    reference = Reference(runtime.plan.spec, _weights(runtime))
     rng = np.random.default_rng(seed)
-    found = [_at_start(runtime, reference, rng)]
-    checked = [found[0][0], *(_at_depth(runtime, reference, rng, d) for d in depths if d > 0)]
-    return Comparison(tuple(checked), LIMITS[runtime.plan.spec.dtype], found[0][1], found[0][2])
+    weights = _weights(runtime)
+    start, repeatable, consistent = _at_start(runtime, weights, rng)
+    deeper = [_at_depth(runtime, weights, rng, d) for d in depths if d > 0]
+    return Comparison((start, *deeper), repeatable, consistent)
 
 
 def require(comparison: Comparison) -> None:
@@ -105,7 +108,25 @@ def _tokens(runtime: Runtime, rng: np.random.Generator, count: int) -> tuple[int
     return tuple(int(t) for t in rng.integers(0, runtime.plan.spec.vocab, count))
 
 
-def _at_start(runtime: Runtime, reference: Reference, rng: np.random.Generator) -> tuple[Depth, bool, bool]:
+class RoundedReference(Reference):
+    """The reference with what enters each projection rounded to the weights' type, as usual implementations do."""
+
+    def _norm(self, x: F32, weight: F32) -> F32:
+        return self._round(super()._norm(x, weight))
+
+    def _attention(self, *args: Any) -> tuple[F32, KeyValue]:
+        out, kv = super()._attention(*args)
+        return self._round(out), kv
+
+    def _gated(self, *args: Any) -> F32:
+        return self._round(super()._gated(*args))
+
+    def _round(self, x: F32) -> F32:
+        dtype = self.spec.dtype
+        return to_float32(convert(np.ascontiguousarray(x), "fp32", dtype), dtype)
+
+
+def _at_start(runtime: Runtime, weights: SlabWeights, rng: np.random.Generator) -> tuple[Depth, bool, bool]:
     """The comparison at depth 0, whether a second run is bit-identical, and whether tokens follow from logits."""
     count = min(POSITIONS, runtime.plan.max_context)
     prompt = _tokens(runtime, rng, count)
@@ -115,16 +136,16 @@ def _at_start(runtime: Runtime, reference: Reference, rng: np.random.Generator) 
     assert second.logits is not None
     same = first.tokens == second.tokens and np.array_equal(first.logits.view("u4"), second.logits.view("u4"))
     consistent = not request.max_new or first.tokens[:1] == [int(first.logits[-1].argmax())]
-    return _difference(0, first.logits, reference.logits(prompt)), same, consistent
+    return _check(0, weights, first.logits, prompt, None), same, consistent
 
 
-def _at_depth(runtime: Runtime, reference: Reference, rng: np.random.Generator, depth: int) -> Depth:
+def _at_depth(runtime: Runtime, weights: SlabWeights, rng: np.random.Generator, depth: int) -> Depth:
     runtime.fill_kv(depth)
     prompt = _tokens(runtime, rng, 1)
     past = [_past(runtime, layer, depth) for layer in range(runtime.plan.spec.layers)]
     logits = _run(runtime, Request(prompt, depth, logits=True)).logits
     assert logits is not None
-    return _difference(depth, logits, reference.logits(prompt, past))
+    return _check(depth, weights, logits, prompt, past)
 
 
 def _run(runtime: Runtime, request: Request) -> Result:
@@ -147,10 +168,19 @@ def _past(runtime: Runtime, layer: int, positions: int) -> KeyValue:
     return np.stack([k for k, _ in heads]), np.stack([v for _, v in heads])
 
 
-def _difference(depth: int, ours: NDArray[np.float32], theirs: NDArray[np.float32]) -> Depth:
-    relative = np.linalg.norm(ours - theirs, axis=1) / np.linalg.norm(theirs, axis=1)
-    top = np.partition(theirs, -2, axis=1)[:, -2:] if theirs.shape[1] > 1 else theirs.repeat(2, axis=1)
-    decided = top[:, 1] - top[:, 0] > DECIDED * np.abs(ours - theirs).max()
-    agreeing = decided & (ours.argmax(axis=1) == theirs.argmax(axis=1))
-    # A position of NaN makes the maximum NaN, which no limit admits.
-    return Depth(depth, len(ours), float(relative.max()), int(decided.sum()), int(agreeing.sum()))
+def _check(depth: int, weights: SlabWeights, ours: F32, prompt: tuple[int, ...], past: list[KeyValue] | None) -> Depth:
+    spec = weights.plan.spec
+    exact = Reference(spec, weights).logits(prompt, past)
+    error, limit = _relative(ours, exact), LIMITS[spec.dtype]
+    if error > limit:
+        rounded = RoundedReference(spec, weights).logits(prompt, past)
+        limit = max(limit, ROUNDING * _relative(rounded, exact))
+    top = np.partition(exact, -2, axis=1)[:, -2:] if exact.shape[1] > 1 else exact.repeat(2, axis=1)
+    decided = top[:, 1] - top[:, 0] > DECIDED * np.abs(ours - exact).max()
+    agreeing = decided & (ours.argmax(axis=1) == exact.argmax(axis=1))
+    return Depth(depth, len(ours), error, limit, int(decided.sum()), int(agreeing.sum()))
+
+
+def _relative(ours: F32, exact: F32) -> float:
+    """Relative L2 error of the worst position; NaN, which no limit admits, if any logit is NaN."""
+    return float((np.linalg.norm(ours - exact, axis=1) / np.linalg.norm(exact, axis=1)).max())
