@@ -33,7 +33,7 @@ template <class P> KOGC_DEVICE float* partial_address(u8* exchange, int head, in
 // One vector of a head: words (i, i + HEAD_DIM / 2) on a lane, as rotary embedding pairs them.
 template <class P> struct HeadVector {
   static constexpr int HALF = P::HEAD_DIM / 2, PAIRS = (HALF + LANES - 1) / LANES;
-  float low[PAIRS], high[PAIRS];
+  float low[PAIRS] = {}, high[PAIRS] = {};
 
   static KOGC_DEVICE int index(int j) { return j * LANES + lane(); }
   static KOGC_DEVICE bool owns(int j) { return HALF % LANES == 0 || index(j) < HALF; }

@@ -15,9 +15,10 @@ KOGC_DEVICE bool ready(const Words& w, u32 parity) {
 template <int N, class Address>
 KOGC_DEVICE void take(float (&v)[N], u32 pending, u32 parity, const Where& where, Site site, Address address) {
   static_assert(N <= 32);
+  KOGC_UNROLL for (int i = 0; i < N; i++) v[i] = 0;
   Spin spin;
   while (pending) {
-    u32 w[N];
+    u32 w[N] = {};
     KOGC_UNROLL for (int i = 0; i < N; i++) if (pending >> i & 1) w[i] = load_word(address(i));
     KOGC_UNROLL for (int i = 0; i < N; i++) {
       if (!(pending >> i & 1) || (w[i] & 1u) != parity) continue;
@@ -28,11 +29,13 @@ KOGC_DEVICE void take(float (&v)[N], u32 pending, u32 parity, const Where& where
   }
 }
 
-// Fetch the vectors of four words that `pending` names, `address(i)` each. All loads are issued before the first is
-// checked: one after the other they would cost a round trip each.
+// Fetch the vectors of four words that `pending` names, `address(i)` each; the others are zero. All loads are issued before
+// the first is checked: one after the other they would cost a round trip each. (A register that is only written under a
+// predicate would stay live through the whole kernel: hence the zeros.)
 template <int N, class Address>
 KOGC_DEVICE void take_vectors(Words (&v)[N], u32 pending, u32 parity, const Where& where, Site site, Address address) {
   static_assert(N <= 32);
+  KOGC_UNROLL for (int i = 0; i < N; i++) v[i] = {0, 0, 0, 0};
   Spin spin;
   while (pending) {
     KOGC_UNROLL for (int i = 0; i < N; i++) if (pending >> i & 1) v[i] = load_words(address(i));

@@ -72,7 +72,7 @@ template <class P> struct Residual {
   static KOGC_DEVICE float scale() { return P::FP16 ? 1.0f : inverse_rms(); }
 
   static KOGC_DEVICE void load_gamma(Quad16 (&gamma)[OWN], const u16* row) {
-    KOGC_UNROLL for (int i = 0; i < OWN; i++) if (owns(i)) gamma[i] = ((const Quad16*)row)[vector(i)];
+    KOGC_UNROLL for (int i = 0; i < OWN; i++) gamma[i] = owns(i) ? ((const Quad16*)row)[vector(i)] : Quad16{};
   }
 
  private:
