@@ -109,7 +109,10 @@ def _tokens(runtime: Runtime, rng: np.random.Generator, count: int) -> tuple[int
 
 
 class RoundedReference(Reference):
-    """The reference with what enters each projection rounded to the weights' type, as usual implementations do."""
+    """The reference with what enters each projection rounded to the weights' type, and keys and values to BF16.
+
+    Keys are rounded before they are rotated, not after: the size of the error is the same.
+    """
 
     def _norm(self, x: F32, weight: F32) -> F32:
         return self._round(super()._norm(x, weight))
@@ -118,11 +121,15 @@ class RoundedReference(Reference):
         out, kv = super()._attention(*args)
         return self._round(out), kv
 
+    def _heads(self, stream: Any, layer: int, which: str, x: F32, heads: int) -> F32:
+        out = super()._heads(stream, layer, which, x, heads)
+        return out if which == "q" else self._round(out, "bf16")
+
     def _gated(self, *args: Any) -> F32:
         return self._round(super()._gated(*args))
 
-    def _round(self, x: F32) -> F32:
-        dtype = self.spec.dtype
+    def _round(self, x: F32, dtype: str | None = None) -> F32:
+        dtype = dtype or self.spec.dtype
         return to_float32(convert(np.ascontiguousarray(x), "fp32", dtype), dtype)
 
 

@@ -163,7 +163,7 @@ def test_a_token_that_is_not_the_best_fails(runtime: Any) -> None:
 
 
 def test_rounding_of_activations_is_admitted_and_not_much_more(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where a model amplifies rounding beyond the fixed limit, twice what rounding does to the reference is the limit."""
+    """Where a model amplifies rounding beyond the fixed limit, twice the reference's own rounding error is."""
     monkeypatch.setitem(LIMITS, "bf16", 1e-6)
     runtime = make_runtime()
     runtime.reference = RoundedReference(SPEC, runtime.reference.weights)

@@ -1,0 +1,124 @@
+"""The session and the bench over a real binary: small models built for this machine's CPU."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import random_checkpoint
+
+import kogc
+from kogc.bench import run_bench
+from kogc.build import BuildOptions, build
+from kogc.compare import compare
+from kogc.errors import KogcError
+from kogc.reference import KeyValue
+from kogc.session import Session
+from kogc.targets.detect import detect_cpu_profile
+from kogc.tokenizer import Tokenizer
+
+
+def build_small(directory: Path, family: str, **changes: Any) -> Path:
+    checkpoint = random_checkpoint.make(directory, family, tokenizer=True, **changes)
+    build(str(checkpoint), detect_cpu_profile(), directory / "artifact", BuildOptions(max_context=400))
+    return directory / "artifact"
+
+
+@pytest.fixture(scope="module")
+def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_small(tmp_path_factory.mktemp("llama"), "llama")
+
+
+@pytest.fixture(scope="module")
+def small(artifact: Path) -> Iterator[Session]:
+    with kogc.load(artifact) as session:
+        yield session
+
+
+def test_text_is_that_of_the_tokens(small: Session, artifact: Path) -> None:
+    made = small.generate("def f(", 40, stop=())
+    tokenizer = Tokenizer(artifact)
+    assert made.prompt_tokens == len(tokenizer.encode("def f("))
+    assert len(made.tokens) == 40
+    assert made.text == tokenizer.decode(made.tokens)
+
+
+def test_generation_follows_from_teacher_forced_logits(small: Session) -> None:
+    """Ties aside, the token made is the best of the logits of all before it."""
+    prompt = [1, 5, 9]
+    made = small.generate(prompt, 60, stop=()).tokens
+    logits = small.logits(prompt + made[:-1])[len(prompt) - 1 :]
+    assert logits.argmax(axis=1).tolist() == made
+
+
+def test_logits_do_not_depend_on_where_launches_are_cut(small: Session, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokens = [int(t) for t in np.random.default_rng(0).integers(0, small.spec.vocab, 150)]
+    whole = small.logits(tokens)
+    monkeypatch.setattr("kogc.session.LOGIT_POSITIONS", 37)
+    # Not to the bit: the lowest bit of an exchanged word says which use it belongs to, counted from the launch.
+    assert np.linalg.norm(small.logits(tokens) - whole) < 1e-2 * np.linalg.norm(whole)
+
+
+def test_closing_a_stream_ends_the_kernel(small: Session) -> None:
+    whole = small.generate([1, 5], 390, stop=()).tokens
+    with small.stream([1, 5], 390, stop=()) as stream:
+        first = [next(stream).token for _ in range(3)]
+        before = time.perf_counter()
+    assert first == whole[:3]
+    assert time.perf_counter() - before < 5
+    assert small.generate([1, 5], 390, stop=()).tokens == whole
+
+
+def test_stop_token_ends_a_generation(small: Session) -> None:
+    tokens = small.generate([1, 5], 50, stop=()).tokens
+    made = small.generate([1, 5], 50, stop=[tokens[20]])
+    assert made.tokens == tokens[: tokens.index(tokens[20]) + 1]
+    assert made.finish_reason == "stop"
+
+
+def test_bench_passes_its_own_comparison(artifact: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    result = run_bench(artifact, 8, (0, 200), repeat=1)
+    assert result["comparison"]["passed"] is True
+    assert all(test["tokens_per_second"] > 1 for test in result["tests"])
+    assert "tg8 @ d200" in capsys.readouterr().out
+
+
+def test_comparison_sees_a_lost_position(small: Session, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The depth check is sensitive: one key and value that the reference reads as zero is far beyond the limit."""
+    from kogc import compare as module
+
+    honest = module._past
+
+    def past(runtime: object, layer: int, positions: int) -> KeyValue:
+        keys, values = honest(small.runtime, layer, positions)
+        values[:, positions // 2] = 0
+        return keys, values
+
+    assert compare(small.runtime, (40,)).problems == []
+    monkeypatch.setattr(module, "_past", past)
+    assert any("depth 40: relative" in problem for problem in compare(small.runtime, (40,)).problems)
+
+
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        ("mistral", {"sliding_window": 37, "head_dim": 64}),
+        ("qwen3", {"head_dim": 128, "tie_word_embeddings": True}),
+        ("qwen2", {"hidden_size": 192}),
+        ("llama", {"dtype": "float16", "head_dim": 96}),
+    ],
+)
+def test_families_agree_with_the_reference_at_depth(family: str, changes: dict[str, Any], tmp_path: Path) -> None:
+    with kogc.load(build_small(tmp_path, family, **changes)) as session:
+        assert compare(session.runtime, (1, 36, 38, 130, 300)).problems == []
+
+
+def test_a_closed_session_refuses(artifact: Path) -> None:
+    session = kogc.load(artifact)
+    session.close()
+    with pytest.raises(KogcError, match="closed"):
+        session.logits([1, 2])
