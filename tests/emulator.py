@@ -25,7 +25,16 @@ from kogc.resources import data_dir
 from kogc.runtime.args import REPORT_WORDS, THREADS, kernel_args
 
 STATUS = {1: "stalled", 2: "threads wait at a barrier for ever", 3: "violation", -1: "no memory for the stacks"}
-FLAGS = ("-std=c++17", "-O1", "-fPIC", "-shared", "-fno-strict-aliasing", "-ffp-contract=off", "-Wall", "-Wno-unknown-pragmas")
+FLAGS = (
+    "-std=c++17",
+    "-O1",
+    "-fPIC",
+    "-shared",
+    "-fno-strict-aliasing",
+    "-ffp-contract=off",
+    "-Wall",
+    "-Wno-unknown-pragmas",
+)
 GUARD = 4096  # bytes after every buffer that the kernel writes
 MACHINE = "cuda/machine.cuh"
 
