@@ -85,7 +85,8 @@ def expected(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
     def make(case: Case) -> Expected:
         if case.name not in kept:
-            path = random_checkpoint.make(tmp_path_factory.mktemp(case.name), case.family, seed=len(kept), **case.config)
+            tmp_path = tmp_path_factory.mktemp(case.name)
+            path = random_checkpoint.make(tmp_path, case.family, seed=len(kept), **case.config)
             vocab = case.config.get("vocab_size", random_checkpoint.BASE["vocab_size"])
             tokens = np.random.default_rng(len(kept)).integers(0, vocab, case.tokens).tolist()
             exact = random_checkpoint.reference_logits(path, tokens)
@@ -127,7 +128,8 @@ def relative(ours: np.ndarray, exact: np.ndarray) -> np.ndarray:
 def test_against_transformers(run: tuple[Expected, Runtime]) -> None:
     want, runtime = run
     logits = runtime.run(Request(tuple(want.tokens), logits=True)).logits
-    assert logits is not None and logits.shape == want.exact.shape
+    assert logits is not None
+    assert logits.shape == want.exact.shape
     ours, theirs = relative(logits, want.exact), relative(want.bf16, want.exact)
     assert ours.mean() <= theirs.mean()
     assert ours.max() <= theirs.max()
