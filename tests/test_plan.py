@@ -1,0 +1,133 @@
+"""The partition: every row dealt once, evenly, in units that waste little."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from kogc.errors import UsageError
+from kogc.plan.matvec import WARPS, MatVec, cut
+from kogc.plan.plan import Options, make_plan
+from kogc.profile import load_profile
+from kogc.spec import list_specs, load_spec
+
+H200 = load_profile("h200-sxm")
+SHAPES = [(rows, columns, blocks, rotation) for rows in (1, 7, 8, 67, 320, 4096) for columns, blocks, rotation in
+          ((96, 1, 0), (512, 5, 3), (1152, 128, 100))]  # fmt: skip
+
+
+@pytest.mark.parametrize(("rows", "columns", "blocks", "rotation"), SHAPES)
+def test_every_row_lies_in_one_block(rows: int, columns: int, blocks: int, rotation: int) -> None:
+    phase = cut("o", rows, columns, blocks, rotation)
+    dealt = [row for block in range(blocks) for row in phase.rows_of(block)]
+    assert sorted(dealt) == list(range(rows))
+
+
+@pytest.mark.parametrize(("rows", "columns", "blocks", "rotation"), SHAPES)
+def test_no_block_has_two_units_more_than_another(rows: int, columns: int, blocks: int, rotation: int) -> None:
+    phase = cut("o", rows, columns, blocks, rotation)
+    units = [phase.units_of(block) for block in range(blocks)]
+    assert sum(units) == phase.units
+    assert max(units) - min(units) <= 1
+    assert max(units) == phase.max_units
+    if phase.remainder:
+        assert units[rotation] == phase.max_units
+
+
+def test_units_of_four_rows_where_they_make_the_busiest_block_lighter() -> None:
+    assert cut("o", 1024, 1024, 128, 0).unit == 8
+    assert cut("o", 12 * 128, 1024, 128, 0).unit == 4
+
+
+@pytest.mark.parametrize("unit", [8, 4])
+@pytest.mark.parametrize("columns", [1, 96, 512, 1088, 1152, 2048])
+def test_every_warp_has_a_group_of_every_unit(unit: int, columns: int) -> None:
+    phase = MatVec("o", 64, columns, unit, 4, 0)
+    assert phase.columns_padded >= columns
+    assert phase.fragments * 512 == phase.unit_bytes
+    assert phase.fragments % phase.group == 0
+    assert phase.fragments // phase.group >= WARPS
+
+
+def test_remainders_follow_one_another_around_the_blocks() -> None:
+    plan = make_plan(load_spec("smollm2-135m"), H200)
+    at = 0
+    for phase in plan.phases:
+        assert phase.rotation == at
+        at = (at + phase.remainder) % plan.blocks
+
+
+@pytest.mark.parametrize("model", list_specs())
+def test_blocks_carry_nearly_the_same_bytes(model: str) -> None:
+    """The busiest block decides: it may carry little more than the mean (small models have few units to deal)."""
+    plan = make_plan(load_spec(model), H200)
+    layers = [plan.layer_bytes(block) for block in range(plan.blocks)]
+    limit = 1.3 if model == "smollm2-135m" else 1.15
+    assert max(layers) <= limit * sum(layers) / len(layers)
+    total = plan.spec.layers * sum(layers) + sum(plan.head.bytes_of(b) for b in range(plan.blocks))
+    assert total == plan.weight_bytes
+
+
+@pytest.mark.parametrize("model", list_specs())
+def test_padding_is_small(model: str) -> None:
+    plan = make_plan(load_spec(model), H200)
+    s = plan.spec
+    true = s.layers * sum(p.rows * p.columns * 2 for p in plan.layer_phases) + s.vocab * s.hidden * 2
+    assert true <= plan.weight_bytes <= 1.05 * true
+
+
+def test_the_parts_of_a_slab_follow_one_another() -> None:
+    plan = make_plan(load_spec("llama-3.2-1b"), H200)
+    for block in (0, 77, 127):
+        at = 0
+        for layer in range(plan.spec.layers):
+            for phase in plan.layer_phases:
+                assert plan.slab_offset(layer, phase, block) == at
+                at += phase.bytes_of(block)
+        assert plan.slab_offset(plan.spec.layers, plan.head, block) == at
+        assert at + plan.head.bytes_of(block) <= plan.slab_bytes
+    assert plan.slab_bytes % 128 == 0
+
+
+def test_shared_memory_is_filled_with_stages() -> None:
+    plan = make_plan(load_spec("llama-3.2-1b"), H200)
+    memory = plan.memory
+    assert memory.bytes <= H200.smem_per_block
+    assert memory.bytes + plan.knobs.stage_bytes + 16 > H200.smem_per_block
+    ends = [r.offset + r.bytes for r in memory.regions]
+    assert [r.offset for r in memory.regions] == [0, *ends[:-1]]
+
+
+def test_context_is_limited_by_memory_and_it_is_said() -> None:
+    plan = make_plan(load_spec("llama-3.1-8b"), H200)
+    assert plan.max_context == 131072
+    assert plan.notes == ()
+    small = dataclasses.replace(H200, memory_bytes=24 << 30)
+    limited = make_plan(load_spec("llama-3.1-8b"), small)
+    assert limited.max_context % 128 == 0
+    assert 0 < limited.max_context < 131072
+    assert str(limited.max_context) in limited.notes[0]
+    with pytest.raises(UsageError, match="--max-context 131072"):
+        make_plan(load_spec("llama-3.1-8b"), small, Options(max_context=131072))
+
+
+@pytest.mark.parametrize(
+    ("options", "flag"),
+    [
+        (Options(blocks=133), "--blocks 133"),
+        (Options(max_context=1 << 20), "--max-context"),
+        (Options(blocks=-1), "--blocks -1"),
+    ],
+)
+def test_impossible_options_name_their_flag(options: Options, flag: str) -> None:
+    with pytest.raises(UsageError, match=flag):
+        make_plan(load_spec("llama-3.2-1b"), H200, options)
+
+
+def test_kv_bytes_count_the_window() -> None:
+    plan = make_plan(load_spec("qwen3-0.6b"), H200)
+    s = plan.spec
+    assert plan.kv_bytes_read(100) == s.layers * s.kv_heads * 100 * s.head_dim * 4
+    windowed = dataclasses.replace(plan, spec=dataclasses.replace(s, sliding_window=64, sliding_layers=(0,)))
+    assert windowed.kv_bytes_read(100) == plan.kv_bytes_read(100) - s.kv_heads * 36 * s.head_dim * 4
