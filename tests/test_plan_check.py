@@ -17,9 +17,10 @@ from kogc.profile import load_profile
 from kogc.spec import list_specs, load_spec
 
 H200 = load_profile("h200-sxm")
+DEFAULT = Knobs()
 
 
-def plan_of(blocks: int = 12, knobs: Knobs = Knobs(), model: str = "llama-3.2-1b", **spec: Any) -> Plan:
+def plan_of(blocks: int = 12, knobs: Knobs = DEFAULT, model: str = "llama-3.2-1b", **spec: Any) -> Plan:
     return make_plan(dataclasses.replace(load_spec(model), **spec), H200, Options(blocks=blocks, knobs=knobs))
 
 

@@ -43,13 +43,14 @@ template <class T> KOGC_DEVICE T shuffle_xor(T v, int mask) {
   return v;
 }
 template <class T> KOGC_DEVICE T* opaque(T* p) { return p; }
+KOGC_DEVICE int opaque(int v) { return v; }
 
 // --- words that carry their own readiness: relaxed, device scope -----------------------------------------------------
 struct alignas(16) Words { u32 x, y, z, w; };
 
 KOGC_DEVICE void store_word(void* p, u32 v) { emulated::store_later(p, v, 4); }
 KOGC_DEVICE void store_key(void* p, u64 v) { emulated::store_later(p, v, 8); }
-template <class T> KOGC_DEVICE T load_relaxed(const void* p) {
+template <class T> T load_relaxed(const void* p) {
   if ((size_t)p % sizeof(T)) emulated::violation("a load that is not aligned");
   emulated::maybe_yield();
   return *(const volatile T*)p;
@@ -86,7 +87,6 @@ template <bool FP16> KOGC_DEVICE void mma(float (&c)[4], u32 a0, u32 a1, u32 a2,
   for (int i = 0; i < 4; i++) c[i] = w.c[i][self];
 }
 
-// The transpose of an 8 x 8 matrix of 16-bit elements; lane l holds row l / 4, columns l % 4 * 2 and + 1.
 KOGC_DEVICE u32 transpose8x8(u32 v) {
   emulated::Warp& w = machine->warp();
   const int self = lane();

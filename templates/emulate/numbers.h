@@ -10,10 +10,10 @@ KOGC_DEVICE float as_float(u32 v) {
   memcpy(&f, &v, sizeof f);
   return f;
 }
-KOGC_DEVICE u32 as_word(float f) {
-  u32 v;
-  memcpy(&v, &f, sizeof v);
-  return v;
+KOGC_DEVICE u32 as_word(float v) {
+  u32 w;
+  memcpy(&w, &v, sizeof w);
+  return w;
 }
 KOGC_DEVICE float bf16_to_float(u16 v) { return as_float((u32)v << 16); }
 KOGC_DEVICE float half_to_float(u16 v) {
@@ -22,16 +22,16 @@ KOGC_DEVICE float half_to_float(u16 v) {
   const float magnitude = as_float(rest << 13) * 0x1p112f;  // the exponent's bias goes from 15 to 127, subnormals too
   return as_float(sign | as_word(magnitude));
 }
-KOGC_DEVICE u16 float_to_bf16(float f) {
-  const u32 v = as_word(f);
-  if (f != f) return 0x7fff;
-  return (u16)((v + 0x7fff + (v >> 16 & 1)) >> 16);
+KOGC_DEVICE u16 float_to_bf16(float v) {
+  const u32 w = as_word(v);
+  if (v != v) return 0x7fff;
+  return (u16)((w + 0x7fff + (w >> 16 & 1)) >> 16);
 }
-KOGC_DEVICE u16 float_to_half(float f) {
-  const u32 v = as_word(f), sign = v >> 16 & 0x8000, rest = v & 0x7fffffff;
-  if (f != f) return 0x7fff;
+KOGC_DEVICE u16 float_to_half(float v) {
+  const u32 w = as_word(v), sign = w >> 16 & 0x8000, rest = w & 0x7fffffff;
+  if (v != v) return 0x7fff;
   if (rest >= 0x477ff000) return (u16)(sign | 0x7c00);  // rounds to 65536 or more
-  if (rest < 0x38800000) return (u16)(sign | (u32)(as_word(fabsf(f) + 0.5f) - as_word(0.5f)));  // subnormal: the sum rounds it
+  if (rest < 0x38800000) return (u16)(sign | (u32)(as_word(fabsf(v) + 0.5f) - as_word(0.5f)));  // subnormal: the sum rounds it
   return (u16)(sign | (rest - 0x38000000 + 0xfff + (rest >> 13 & 1)) >> 13);
 }
 KOGC_DEVICE float exp2_fast(float v) { return exp2f(v); }

@@ -1,0 +1,146 @@
+"""Rendering: every shipped model on every profile, the same text each time, from headers that compile."""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+import re
+from pathlib import Path
+
+import pytest
+from emulator import FLAGS, compile_cpp, emulated_headers
+
+from kogc.plan.plan import Options, Plan, make_plan
+from kogc.profile import list_profiles, load_profile
+from kogc.render import HEADERS, render
+from kogc.resources import data_dir
+from kogc.spec import list_specs, load_spec
+from kogc.targets import cuda
+
+TEMPLATES = data_dir("templates")
+OWN_HEADERS = sorted(path for path in TEMPLATES.glob("*/*") if path.suffix in (".h", ".cuh", ".hpp"))
+MAX_LINES = 250
+
+
+def plan_of(model: str, profile: str = "h200-sxm", **spec: object) -> Plan:
+    loaded = load_profile(profile)
+    blocks = None if loaded.target == "cuda" else 3
+    return make_plan(dataclasses.replace(load_spec(model), **spec), loaded, Options(blocks=blocks))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("profile", list_profiles())
+@pytest.mark.parametrize("model", list_specs())
+def test_every_model_renders_for_every_profile_the_same_each_time(model: str, profile: str) -> None:
+    first, second = render(plan_of(model, profile)), render(plan_of(model, profile))
+    assert first == second
+    assert first.name.startswith(model)
+    included = re.findall(r'#include "([^"]+)"', first.source)
+    assert included == list(first.headers) == list(HEADERS[load_profile(profile).target])
+
+
+@pytest.mark.parametrize("profile", ["h200-sxm", "cpu-avx2"])
+def test_the_source_names_nothing_of_this_machine(profile: str) -> None:
+    rendered = render(plan_of("llama-3.2-1b", profile))
+    for text in (rendered.source, *rendered.headers.values()):
+        assert str(Path.home()) not in text
+        assert str(TEMPLATES.parent) not in text
+
+
+@pytest.mark.parametrize(
+    ("model", "profile", "spec"),
+    [
+        ("llama-3.2-1b", "h200-sxm", {}),
+        ("llama-3.2-1b", "h100-sxm", {"dtype": "fp16"}),
+        ("qwen3-0.6b", "h200-sxm", {}),
+        ("qwen2.5-1.5b", "h100-sxm", {}),
+        ("laneformer-2b", "h200-sxm", {}),
+        ("mistral-7b-v0.3", "h100-sxm", {"sliding_window": 4096}),
+        ("llama-3.1-8b", "h200-sxm", {}),
+    ],
+)
+def test_cuda_sources_compile_without_a_gpu_and_without_spills(model: str, profile: str, spec: dict) -> None:
+    plan = plan_of(model, profile, **spec)
+    cubin = cuda.compile_binary(render(plan), plan)  # refuses what spills or uses local memory
+    assert cubin[:4] == b"\x7fELF"
+    for symbol in (b"kogc_generate", b"kogc_fill", b"kogc_read_ceiling"):
+        assert symbol in cubin
+
+
+def test_a_source_that_spills_is_refused_with_its_place() -> None:
+    plan = plan_of("llama-3.2-1b")
+    rendered = render(plan)
+    stressed = dataclasses.replace(
+        rendered, headers={**rendered.headers, "cuda/kernels.cuh": _spilling(rendered.headers)}
+    )
+    with pytest.raises(cuda.KogcError, match="kogc_generate uses [0-9]+ bytes of local memory"):
+        cuda.compile_binary(stressed, plan)
+
+
+def _spilling(headers: dict[str, str]) -> str:
+    """A kernel with an array that no register can hold, as it is indexed by what only the run knows."""
+    old = "Ring<P>::init();\n  const int steps"
+    text = headers["cuda/kernels.cuh"]
+    assert old in text
+    stress = (
+        "volatile int held[64];\n"
+        "  for (int i = 0; i < 64; i++) held[i] = thread() ^ i;\n"
+        "  if (args.start < 0) args.tokens[0] = held[args.n_prompt & 63];\n  "
+    )
+    return text.replace(old, stress + old, 1)
+
+
+def test_a_source_that_does_not_compile_is_refused() -> None:
+    plan = plan_of("llama-3.2-1b")
+    broken = dataclasses.replace(render(plan), source="int kogc_generate(")
+    with pytest.raises(cuda.KogcError, match="does not compile"):
+        cuda.compile_binary(broken, plan)
+
+
+@pytest.mark.parametrize("count", range(1, len(HEADERS["cuda"]) + 1))
+def test_each_header_stands_on_those_before_it(count: int, tmp_path: Path) -> None:
+    files = emulated_headers(render(plan_of("llama-3.2-1b")).headers)
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    source = tmp_path / "prefix.cpp"
+    source.write_text("".join(f'#include "{name}"\n' for name in HEADERS["cuda"][:count]))
+    compile_cpp(source, [*(f for f in FLAGS if f != "-shared"), "-Werror", "-fsyntax-only"], tmp_path / "none")
+
+
+@pytest.mark.parametrize("path", OWN_HEADERS, ids=lambda p: f"{p.parent.name}/{p.name}")
+def test_headers_are_short_and_included_once(path: Path) -> None:
+    lines = path.read_text().splitlines()
+    assert "#pragma once" in lines
+    assert lines[0].startswith("// ")
+    assert len(lines) <= MAX_LINES
+    assert max(map(len, lines)) <= 160
+
+
+def test_inline_instructions_stay_in_one_header() -> None:
+    for path in OWN_HEADERS:
+        if path.parent.name in ("common", "cuda") and path.name != "machine.cuh":
+            assert not re.search(r"\basm\b", path.read_text()), path.name
+
+
+def test_the_emulated_machine_has_every_function_of_the_real_one() -> None:
+    """The same signatures, but for what the real machine keeps to itself."""
+    pattern = r"^(?:template <[^>]+> )?(?:\[\[noreturn\]\] )?KOGC_DEVICE [^{;]+\)"
+    real = set(re.findall(pattern, (TEMPLATES / "cuda" / "machine.cuh").read_text(), re.MULTILINE))
+    stand_in = "\n".join((TEMPLATES / "emulate" / name).read_text() for name in ("machine.h", "numbers.h"))
+    assert len(real) > 30
+    own = {"KOGC_DEVICE u32 shared_address(const void* p)"}
+    assert real - own <= set(re.findall(pattern, stand_in, re.MULTILINE))
+
+
+@pytest.mark.parametrize(
+    ("window", "layers"),
+    [(None, None), (64, None), (64, ()), (64, (0, 2)), (4096, (1, 63, 64, 69)), (7, tuple(range(70)))],
+)
+def test_the_window_of_each_layer_reaches_the_source(window: int | None, layers: tuple | None, tmp_path: Path) -> None:
+    plan = plan_of("qwen3-0.6b", layers=70, sliding_window=window, sliding_layers=layers)
+    line = next(x for x in render(plan).source.splitlines() if "int window(int layer)" in x)
+    source = tmp_path / "window.cpp"
+    source.write_text(line.replace("static KOGC_DEVICE", 'extern "C"'))
+    compile_cpp(source, FLAGS, tmp_path / "window.so")
+    compiled = ctypes.CDLL(str(tmp_path / "window.so")).window
+    assert [compiled(layer) for layer in range(70)] == [plan.spec.window(layer) or 0 for layer in range(70)]
