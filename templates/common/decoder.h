@@ -12,11 +12,10 @@ template <class P> struct Generation {
 
 template <class P, class Stream> class Decoder {
  public:
-  KOGC_DEVICE Decoder(const KernelArgs& args, Stream& stream) : args_(args), stream_(stream), where_{args.report, 0, 0} {}
+  KOGC_DEVICE Decoder(const KernelArgs& args, Stream& stream) : args_(args), stream_(stream), where_{args, 0, 0} {}
 
   KOGC_DEVICE void begin(int step) {
     where_.step = step;
-    position_ = args_.start + step;
     const i32 token = step < args_.n_prompt ? args_.prompt[step] : token_;
     Residual<P>::load_embedding(args_.embedding + (u64)token * P::HIDDEN);
     normalise<typename P::Qkv>(0);
@@ -43,8 +42,8 @@ template <class P, class Stream> class Decoder {
   }
 
   KOGC_DEVICE void attention() {
-    const Span<P> span(position_, P::window(where_.layer));
-    attend<P>(args_, position_, parity_, where_);
+    const Span<P> span(position(), P::window(where_.layer));
+    attend<P>(args_, position(), parity_, where_);
     if (span.active() <= P::GATHER_SPLITS) {
       gather_partials<P>(args_, span, activation<P>(), parity_, where_);
       for (int i = P::Q_ROWS + thread(); i < P::O::COLUMNS_PADDED; i += THREADS) activation<P>()[i] = 0;
@@ -100,6 +99,8 @@ template <class P, class Stream> class Decoder {
   }
 
  private:
+  KOGC_DEVICE int position() const { return args_.start + where_.step; }
+
   // A choice: the logit in order, then the lowest row, then a stop flag and the count of choices as a tag.
   static constexpr u32 TAG_BITS = 11, STOP_BIT = TAG_BITS, ROW_SHIFT = STOP_BIT + 1;
   static constexpr u32 TAG_MASK = (1u << TAG_BITS) - 1, ROW_MASK = (1u << (32 - ROW_SHIFT)) - 1;
@@ -173,7 +174,7 @@ template <class P, class Stream> class Decoder {
   const KernelArgs& args_;
   Stream& stream_;
   Where where_;
-  int position_ = 0, choices_ = 0;
+  int choices_ = 0;
   i32 token_ = 0;
   u32 parity_ = 0, combined_parity_ = 0;
 };

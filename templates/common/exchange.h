@@ -1,5 +1,6 @@
 // Vectors that cross blocks. Each FP32 word carries in its lowest mantissa bit the parity of its use, so a reader polls
-// the data itself: no flag, no fence, no reset. It is sound because a slot is rewritten only after the next exchange has
+// the data itself: no flag, no fence, no reset. The reader strips the bit, so that no result depends on the parity of its
+// launch. It is sound because a slot is rewritten only after the next exchange has
 // shown that every reader is done (kogc/plan/check.py proves it for the plan).
 #pragma once
 
@@ -22,7 +23,7 @@ KOGC_DEVICE void take(float (&v)[N], u32 pending, u32 parity, const Where& where
     KOGC_UNROLL for (int i = 0; i < N; i++) if (pending >> i & 1) w[i] = load_word(address(i));
     KOGC_UNROLL for (int i = 0; i < N; i++) {
       if (!(pending >> i & 1) || (w[i] & 1u) != parity) continue;
-      v[i] = as_float(w[i]);
+      v[i] = as_float(w[i] & ~1u);
       pending &= ~(1u << i);
     }
     if (pending) spin.step(where, site, parity);
@@ -42,6 +43,7 @@ KOGC_DEVICE void take_vectors(Words (&v)[N], u32 pending, u32 parity, const Wher
     KOGC_UNROLL for (int i = 0; i < N; i++) if ((pending >> i & 1) && ready(v[i], parity)) pending &= ~(1u << i);
     if (pending) spin.step(where, site, parity);
   }
+  KOGC_UNROLL for (int i = 0; i < N; i++) v[i] = {v[i].x & ~1u, v[i].y & ~1u, v[i].z & ~1u, v[i].w & ~1u};
 }
 
 KOGC_DEVICE u32 first_bits(int count) { return (1u << count) - 1; }

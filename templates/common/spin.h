@@ -6,7 +6,10 @@ namespace kogc {
 
 constexpr u64 SPIN_LIMIT = 5000000000ull;  // nanoseconds
 
-struct Where { u32* report; int step, layer; };  // what a report needs to know; kept in registers or shared memory
+struct Where {  // what a report needs to know
+  const KernelArgs& args;
+  int step, layer;
+};
 
 struct Spin {
   u32 polls = 0;
@@ -21,7 +24,7 @@ struct Spin {
     const u64 now = nanoseconds();
     if (since == 0) since = now;
     if (now - since < SPIN_LIMIT) return;
-    u32* r = where.report;
+    u32* r = where.args.report;
     if (load_host(r) == 0) {
       store_host(r + 1, block());
       store_host(r + 2, thread());

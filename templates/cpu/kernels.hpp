@@ -132,8 +132,7 @@ struct Read {
     Vector seen[VECTORS];
     for (int v = 0; v < VECTORS; v++) seen[v] = zero();
     for (const u8* const end = at + share; at < end; at += STEP) {
-      prefetch(at + 2048);
-      prefetch(at + 2048 + STEP / 2);
+      for (int line = 0; line < STEP; line += 64) prefetch(at + AHEAD + line);
       KOGC_UNROLL_ALL for (int v = 0; v < VECTORS; v++) seen[v] = bits_or(seen[v], load((const float*)at + v * VECTOR));
     }
     __m256 sums = sums_of(seen);

@@ -153,7 +153,9 @@ KOGC_DEVICE __m256 sums_of(const Vector (&v)[8]) {
   return _mm256_add_ps(_mm256_permute2f128_ps(a, b, 0x20), _mm256_permute2f128_ps(a, b, 0x31));
 }
 
-KOGC_DEVICE void prefetch(const void* p) { _mm_prefetch((const char*)p, _MM_HINT_T0); }
+// Fetching every line by name, into the second level, beats the processor's own prefetching, most of all with all cores.
+KOGC_DEVICE void prefetch(const void* p) { _mm_prefetch((const char*)p, _MM_HINT_T1); }
+constexpr int AHEAD = 4096;  // bytes from what is read to what is fetched
 
 // --- time, and the end of patience -----------------------------------------------------------------------------------
 // The waiting thread's own time: a stopped process or a busy machine is not a stall.

@@ -46,7 +46,7 @@ template <class P, class M> KOGC_DEVICE void multiply_unit(const u8*& at, const 
   KOGC_UNROLL_ALL for (int r = 0; r < 8; r++) sum[r] = zero();
   const u16* w = (const u16*)at;
   for (const u16* const end = x + M::COLUMNS_PADDED; x < end; x += 32 * SUB_BLOCKS, w += 256) {
-    KOGC_UNROLL_ALL for (int r = 0; r < 8; r++) prefetch((const u8*)(w + 32 * r) + Stream<P>::AHEAD);
+    KOGC_UNROLL_ALL for (int r = 0; r < 8; r++) prefetch((const u8*)(w + 32 * r) + AHEAD);
     KOGC_UNROLL_ALL for (int s = 0; s < SUB_BLOCKS; s++) {
       const Columns<P::FP16> columns(x + 32 * s);
       KOGC_UNROLL_ALL for (int r = 0; r < M::UNIT; r++)

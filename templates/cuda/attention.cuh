@@ -107,9 +107,17 @@ template <class P> class AttentionCore {
   // The token at hand is not yet in the fetched keys and values: row `r` of these 16, if it is among them.
   KOGC_DEVICE void insert_key(int r) {
     if (r >= 16) return;
-    KOGC_UNROLL for (int t = 0; t < 2; t++)
-      if (r / 8 == t && r % 8 == row())
-        KOGC_UNROLL for (int s = 0; s < DIM / 32; s++) k_[t][s] = *(const Words*)(new_key() + s * 32 + (lane() & 3) * 8);
+    KOGC_UNROLL for (int s = 0; s < DIM / 32; s++) {
+      const Words key = *(const Words*)(new_key() + s * 32 + (lane() & 3) * 8);
+      select(k_[0][s], key, r == row());
+      select(k_[1][s], key, r == row() + 8);
+    }
+  }
+  static KOGC_DEVICE void select(Words& to, const Words& from, bool yes) {
+    to.x = yes ? from.x : to.x;
+    to.y = yes ? from.y : to.y;
+    to.z = yes ? from.z : to.z;
+    to.w = yes ? from.w : to.w;
   }
   KOGC_DEVICE void insert_value(int r) {
     if (r >= 16 || r % 8 / 2 != (lane() & 3)) return;

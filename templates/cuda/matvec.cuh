@@ -16,6 +16,7 @@ template <class P, class M> struct MatVec {
   static constexpr int GROUPS = Share<P, M>::GROUPS;
   static constexpr int STAGE_GROUPS = P::STAGE_BYTES / (512 * M::GROUP * WARPS);  // groups of one warp in a stage
   static constexpr int SUB_BLOCKS = 8 / M::UNIT;
+  static constexpr int UNROLL = GROUPS % (2 * WARPS) == 0 ? 2 : 1;
 
   // Multiplies this warp's groups of one unit. `taken` counts the warp's groups of the stage at hand.
   static KOGC_DEVICE void unit(Cursor<P>& cursor, int& taken, int& position, const Where& where, float (&sum)[4]) {
@@ -23,7 +24,7 @@ template <class P, class M> struct MatVec {
     const u16* x = activation<P>() + (lane() & 3) * 8 + (M::UNIT == 8 ? 0 : (lane() >> 2) * 32);
     const bool has_row = lane() < 4 * SUB_BLOCKS;
     const int count = GROUPS % WARPS == 0 ? GROUPS / WARPS : (GROUPS - position + WARPS - 1) / WARPS;
-#pragma unroll 2
+#pragma unroll (UNROLL)
     for (int i = 0; i < count; i++) {
       if (taken == 0) wait_full(cursor, where);
       const char* w = Ring<P>::stage(cursor.slot) + ((taken * WARPS + warp()) * M::GROUP * 32 + lane()) * 16;

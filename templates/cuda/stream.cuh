@@ -39,7 +39,7 @@ template <class P> struct Cursor {
 
 template <class P> class Producer {
  public:
-  KOGC_DEVICE Producer(const KernelArgs& args, const u8* end) : end_(end), where_{args.report, 0, 0} {}
+  KOGC_DEVICE Producer(const KernelArgs& args, const u8* end) : end_(end), where_{args, 0, 0} {}
 
   // A step begins: the slab from its start.
   KOGC_DEVICE void rewind(const u8* slab) { ahead_ = slab; }
