@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import functools
 import tempfile
@@ -13,11 +14,12 @@ import numpy as np
 import pytest
 import random_checkpoint as rc
 import torch
-from emulator import Emulated, EmulatorError
+from emulator import FLAGS, Emulated, EmulatorError, compile_cpp
 
 from kogc.importer import spec_from_dir
 from kogc.plan.plan import Knobs, Options, Plan, make_plan
 from kogc.profile import GpuProfile, load_profile
+from kogc.resources import data_dir
 
 STAGE = 4096
 STAGE_EMPTY, WAIT_HIDDEN = 1, 6  # sites of a stall report
@@ -221,6 +223,34 @@ def test_fill_and_read_ceiling_run() -> None:
     np.testing.assert_array_equal(filled, model.fill(10_001, seed=5, amplitude=0.25))
     assert (filled != model.fill(10_001, seed=6, amplitude=0.25)).any()
     model.read_ceiling(17)
+
+
+def test_emulated_16_bit_numbers_round_as_numpy_does(tmp_path: Path) -> None:
+    for name in ("common/args.h", "emulate/numbers.h"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text((data_dir("templates") / name).read_text())
+    source = tmp_path / "numbers.cpp"
+    source.write_text(
+        '#include "common/args.h"\n#define KOGC_DEVICE inline\n#include "emulate/numbers.h"\n'
+        'extern "C" void convert(const float* from, unsigned short* half, unsigned short* bf16, float* back, int n) {\n'
+        "  for (int i = 0; i < n; i++) {\n    half[i] = kogc::float_to_half(from[i]);\n"
+        "    bf16[i] = kogc::float_to_bf16(from[i]);\n    back[i] = kogc::half_to_float(half[i]);\n  }\n}\n"
+    )
+    compile_cpp(source, FLAGS, tmp_path / "numbers.so")
+    halves = np.arange(1 << 16, dtype=np.uint16).view(np.float16).astype(np.float32)
+    halves = halves[~np.isnan(halves)]
+    between = (halves.astype(np.float64) + np.append(halves[1:], 0)) / 2  # every tie, and numbers beside it
+    odd = np.random.default_rng(0).integers(0, 1 << 32, 1 << 16, dtype=np.uint32).view(np.float32)
+    with np.errstate(invalid="ignore", over="ignore"):
+        values = np.concatenate([halves, between, np.nextafter(between.astype(np.float32), 0), odd]).astype(np.float32)
+        values = values[~np.isnan(values)]
+        expected = values.astype(np.float16)
+    half, bf16, back = np.empty(len(values), np.uint16), np.empty(len(values), np.uint16), np.empty_like(values)
+    pointers = [ctypes.c_void_p(x.ctypes.data) for x in (values, half, bf16, back)]
+    ctypes.CDLL(str(tmp_path / "numbers.so")).convert(*pointers, len(values))
+    np.testing.assert_array_equal(half, expected.view(np.uint16))
+    np.testing.assert_array_equal(back, expected.astype(np.float32))
+    np.testing.assert_array_equal(bf16, torch.from_numpy(values).to(torch.bfloat16).view(torch.uint16).numpy())
 
 
 # Each is one small change of the kernel that its tests must notice.
