@@ -31,6 +31,7 @@ struct Self {
   int* ended;          // of the launch: nonzero once a thread has left before the end
   jmp_buf* way_out;
   u32 polls;           // in vain, since the last sync
+  const char *next, *enough;  // weights to fetch while waiting, up to what the second level holds beside its other data
 };
 static __thread Self self;
 
@@ -188,8 +189,20 @@ inline __attribute__((noinline)) void relax_long() {
   }
 }
 
+// The weights behind `at` are the next to be read, whatever is awaited before.
+constexpr int FETCH_WAITING = 256 << 10;
+KOGC_DEVICE void read_next(const u8* at) {
+  self.next = (const char*)at + AHEAD;
+  self.enough = (const char*)at + FETCH_WAITING;
+}
+
 KOGC_DEVICE void relax() {  // between two polls
-  _mm_pause();
+  if (self.next < self.enough) {
+    KOGC_UNROLL_ALL for (int line = 0; line < 8; line++) prefetch(self.next + 64 * line);
+    self.next += 8 * 64;
+  } else {
+    _mm_pause();
+  }
   if (++self.polls % YIELD_POLLS == 0) relax_long();
 }
 

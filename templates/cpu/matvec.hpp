@@ -72,6 +72,7 @@ KOGC_DEVICE void matvec(Stream<P>& stream, int units, const Where&, Prepare prep
       else result(unit * M::UNIT + r, y[r]);
     }
   }
+  read_next(stream.at);
 }
 
 }  // namespace kogc
