@@ -51,6 +51,7 @@ class Plan:
     blocks: int
     max_context: int
     notes: tuple[str, ...] = ()
+    trace_events: int = 0  # events that a block of a tracing build keeps; 0: tracing is compiled out
 
     @property
     def target(self) -> str:

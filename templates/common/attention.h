@@ -133,6 +133,7 @@ KOGC_DEVICE void attend(const KernelArgs& args, int position, u32 parity, const 
     const bool owner = position / CHUNK % P::SPLITS == split;
     prepare<P>(args, core, kv_head, first_head, heads, position, owner, parity, where);
     sync();
+    Trace<P>::mark(args, QUERY);
     for (int chunk = first; chunk < span.end(); chunk += P::SPLITS) {
       const int next = chunk + P::SPLITS;
       const u16* following = next < span.end() ? chunk_address<P>(args.kv, where.layer, kv_head, next) : nullptr;
@@ -140,10 +141,12 @@ KOGC_DEVICE void attend(const KernelArgs& args, int position, u32 parity, const 
     }
     core.finish(heads);
     sync();
+    Trace<P>::mark(args, ATTENTION_PRODUCTS);
     core.outputs(heads, [&](int head, int d, float value) {
       put(partial_address<P>(args.exchange, first_head + head, split) + d, value, parity);
     });
     sync();
+    Trace<P>::mark(args, ATTENTION_PUT);
   }
 }
 

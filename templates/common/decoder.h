@@ -17,8 +17,10 @@ template <class P, class Stream> class Decoder {
   KOGC_DEVICE void begin(int step) {
     where_.step = step;
     const i32 token = step < args_.n_prompt ? args_.prompt[step] : token_;
+    mark(BEGIN);
     Residual<P>::load_embedding(args_.embedding + (u64)token * P::HIDDEN);
     normalise<typename P::Qkv>(0);
+    mark(EMBED);
   }
 
   KOGC_DEVICE void layer(int l) {
@@ -34,11 +36,16 @@ template <class P, class Stream> class Decoder {
     const int mine = thread() < share.units * M::UNIT ? thread() : 0;
     const float early = P::QKV_BIAS ? to_float<P::FP16>(bias[mine]) : 0.0f;  // on its way before it is needed
     float scale;
-    matvec<P, M, 1>(stream_, share.units, where_, [&] { scale = Residual<P>::scale(); }, [&](int i, float v) {
+    const auto prepare = [&] {
+      mark(QKV_PRODUCTS);
+      scale = Residual<P>::scale();
+    };
+    matvec<P, M, 1>(stream_, share.units, where_, prepare, [&](int i, float v) {
       v *= scale;
       if constexpr (P::QKV_BIAS) v += i == thread() ? early : to_float<P::FP16>(bias[i]);
       if (share.first_row + i < M::ROWS) put(to + i, v, parity_);
     });
+    mark(QKV_PUT);
   }
 
   KOGC_DEVICE void attention() {
@@ -53,29 +60,38 @@ template <class P, class Stream> class Decoder {
       combine<P>(args_, span, parity_, combined_parity_, where_);
       gather<P, P::Q_ROWS>(slot(P::X_ATTENTION), activation<P>(), P::O::COLUMNS_PADDED, combined_parity_, where_, WAIT_ATTENTION);
     }
+    mark(ATTENTION_GATHER);
   }
 
-  KOGC_DEVICE void o() { project<typename P::O>(P::X_O); }
+  KOGC_DEVICE void o() { project<typename P::O>(P::X_O, O_PRODUCTS, O_PUT); }
 
   KOGC_DEVICE void gate_up() {
     using M = typename P::GateUp;  // rows alternate: gate 0, up 0, gate 1, up 1, ...
     add_and_normalise<M>(P::X_O, WAIT_O, 2 * where_.layer + 1);
+    mark(O_GATHER);
     const Share<P, M> share;
     float* to = slot(P::X_HIDDEN) + share.first_row / 2;
     float scale;
-    matvec<P, M, 2>(stream_, share.units, where_, [&] { scale = Residual<P>::scale(); }, [&](int i, float gate, float up) {
+    const auto prepare = [&] {
+      mark(GATE_UP_PRODUCTS);
+      scale = Residual<P>::scale();
+    };
+    matvec<P, M, 2>(stream_, share.units, where_, prepare, [&](int i, float gate, float up) {
       gate *= scale;
       const float silu = gate / (1.0f + exp2_fast(-LOG2E * gate));
       if (share.first_row + i < M::ROWS) put(to + i / 2, silu * (up * scale), parity_);
     });
+    mark(GATE_UP_PUT);
   }
 
   KOGC_DEVICE void down() {
     gather<P, P::FFN>(slot(P::X_HIDDEN), activation<P>(), P::Down::COLUMNS_PADDED, parity_, where_, WAIT_HIDDEN);
-    project<typename P::Down>(P::X_DOWN);
+    mark(HIDDEN_GATHER);
+    project<typename P::Down>(P::X_DOWN, DOWN_PRODUCTS, DOWN_PUT);
     const int next = where_.layer + 1;
     if (next < P::LAYERS) add_and_normalise<typename P::Qkv>(P::X_DOWN, WAIT_DOWN, 2 * next);
     else add_and_normalise<typename P::Head>(P::X_DOWN, WAIT_DOWN, 2 * P::LAYERS);
+    mark(DOWN_GATHER);
   }
 
   // Vocabulary projection and greedy choice. True: the generation goes on.
@@ -86,7 +102,11 @@ template <class P, class Stream> class Decoder {
     float* logits = args_.logits && where_.step < args_.n_prompt ? args_.logits + (u64)where_.step * P::VOCAB : nullptr;
     u64 best = 0;
     float scale;
-    matvec<P, M, 1>(stream_, share.units, where_, [&] { scale = Residual<P>::scale(); }, [&](int i, float v) {
+    const auto prepare = [&] {
+      mark(HEAD_PRODUCTS);
+      scale = Residual<P>::scale();
+    };
+    matvec<P, M, 1>(stream_, share.units, where_, prepare, [&](int i, float v) {
       const int row = share.first_row + i;
       if (row >= P::VOCAB) return;
       v *= scale;
@@ -127,6 +147,7 @@ template <class P, class Stream> class Decoder {
     if (block() == 0 && thread() == 0) store_host(args_.tokens + index, token_);
     bool stopped = *stop_flag();
     for (int i = 0; i < args_.n_stop; i++) stopped = stopped || token_ == args_.stop[i];
+    mark(HEAD_CHOICE);
     return !stopped;
   }
 
@@ -163,13 +184,16 @@ template <class P, class Stream> class Decoder {
   }
 
   // A projection back to the residual stream.
-  template <class M> KOGC_DEVICE void project(int to_slot) {
+  template <class M> KOGC_DEVICE void project(int to_slot, Mark products, Mark done) {
     const Share<P, M> share;
     float* to = slot(to_slot) + share.first_row;
-    matvec<P, M, 1>(stream_, share.units, where_, [] {}, [&](int i, float v) {
+    matvec<P, M, 1>(stream_, share.units, where_, [&] { mark(products); }, [&](int i, float v) {
       if (share.first_row + i < M::ROWS) put(to + i, v, parity_);
     });
+    mark(done);
   }
+
+  KOGC_DEVICE void mark(Mark what) const { Trace<P>::mark(args_, what); }
 
   const KernelArgs& args_;
   Stream& stream_;

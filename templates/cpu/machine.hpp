@@ -159,6 +159,7 @@ KOGC_DEVICE void prefetch(const void* p) { _mm_prefetch((const char*)p, _MM_HINT
 constexpr int AHEAD = 4096;  // bytes from what is read to what is fetched
 
 // --- time, and the end of patience -----------------------------------------------------------------------------------
+KOGC_DEVICE long long clock_cycles() { return (long long)__builtin_ia32_rdtsc(); }
 // The waiting thread's own time: a stopped process or a busy machine is not a stall.
 KOGC_DEVICE u64 nanoseconds() {
   timespec t;

@@ -45,6 +45,7 @@ template <class P, class M> struct MatVec {
   }
 
   static KOGC_DEVICE void wait_full(const Cursor<P>& cursor, const Where& where) {
+    const typename Trace<P>::Waiting waiting;
     Spin spin;
     while (!barrier_passed(Ring<P>::full(cursor.slot), cursor.parity)) spin.step(where, STAGE_FULL, cursor.parity);
   }
