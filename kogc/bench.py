@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from . import trace as tracing
 from .compare import Comparison, compare, require
 from .errors import KogcError, UsageError
 from .plan.plan import Plan
@@ -46,11 +47,14 @@ def run_bench(
     json: bool = False,
     repeat: int = 3,
     device: int = 0,
+    phases: bool = False,
+    trace: Path | None = None,
 ) -> dict[str, Any]:
     """Load an artifact, compare it with the reference, and time n tokens at each depth. Speeds in tokens/s, bytes/s.
 
     Prints the table, unless the caller wants to print the result as JSON. KogcError if the comparison fails (nothing
-    is timed then) or a depth does not fit the context.
+    is timed then) or a depth does not fit the context. phases, trace: also profile a tracing build of the same plan at
+    the first depth, as a table or as a Chrome trace file; the speeds are the plain kernel's.
     """
     with load(Path(artifact_dir), device) as session:
         runtime = session.runtime
@@ -60,8 +64,15 @@ def run_bench(
         ceiling = runtime.read_bandwidth()
         speeds = [_speed(runtime, depth, n, repeat, ceiling) for depth in depths]
         result = _result(runtime, speeds, ceiling, repeat, comparison)
+        profile = _profile(runtime, depths[0]) if phases or trace else None
     if not json:
         print(table(result))
+    if profile is not None:
+        result["profile"] = {"depth": depths[0], **profile.to_json()}
+        if trace is not None:
+            tracing.write_chrome(profile, trace)
+        if phases and not json:
+            print(f"\nphases at depth {depths[0]}\n{tracing.table(profile)}")
     return result
 
 
@@ -104,6 +115,15 @@ def _speed(runtime: Runtime, depth: int, n: int, repeat: int, ceiling: float) ->
     spread = statistics.stdev(rates) if repeat > 1 else 0.0
     test = f"tg{n}" + (f" @ d{depth}" if depth else "")
     return Speed(test, depth, n, rate, spread, per_token, per_token * rate, per_token * rate / ceiling)
+
+
+def _profile(runtime: Runtime, depth: int) -> tracing.Trace:
+    """Build the tracing kernel of the same plan, and run it over the same weights."""
+    from .render import render
+    from .targets import compile_binary
+
+    plan = tracing.trace_plan(runtime.plan)
+    return tracing.record(runtime, compile_binary(render(plan), plan), plan, depth)
 
 
 def _mean_kv_bytes(plan: Plan, depth: int, n: int) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -26,6 +27,9 @@ def _depths(ctx: click.Context, param: click.Parameter, value: str) -> list[int]
 @click.option("--blocks", type=click.IntRange(min=1), metavar="N", help="Number of blocks of that build.")
 @click.option("-n", "count", type=click.IntRange(min=1), default=128, show_default=True, help="Tokens to generate.")
 @click.option("-d", "depths", default="0,512,4096", show_default=True, callback=_depths, help="Context depths.")
+@click.option("--repeat", type=click.IntRange(min=1), default=3, show_default=True, help="Timed runs of each depth.")
+@click.option("--phases", is_flag=True, help="Also show what a token's time goes to, at the first depth.")
+@click.option("--trace", type=click.Path(path_type=Path), metavar="FILE", help="Also write a Chrome/Perfetto trace.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def command(
     model: str,
@@ -35,34 +39,42 @@ def command(
     blocks: int | None,
     count: int,
     depths: list[int],
+    repeat: int,
+    phases: bool,
+    trace: Path | None,
     as_json: bool,
 ) -> None:
-    """Measure an artifact; with --dummy-weights any spec, checkpoint or hub id."""
+    """Measure an artifact; with --dummy-weights any spec, checkpoint or hub id.
+
+    --phases and --trace run a second kernel, which notes the clock as it goes; speeds are those of the first. A trace
+    file that ends in .gz is compressed, which viewers read as well.
+    """
     from ..artifact import MANIFEST
     from ..build import BuildOptions, build
     from ..errors import UsageError
 
     asked = click.get_current_context().get_parameter_source("depths") != click.core.ParameterSource.DEFAULT
+    chosen: dict[str, Any] = {"n": count, "depths": depths, "repeat": repeat, "phases": phases, "trace": trace}
     if (Path(model) / MANIFEST).is_file():
-        _measure(Path(model), count, depths, asked, as_json)
+        _measure(Path(model), asked, as_json, **chosen)
     elif not dummy_weights:
         raise UsageError(f"{model} is not an artifact: build it first, or bench it with --dummy-weights")
     else:
         with tempfile.TemporaryDirectory(prefix="kogc-bench-") as directory:
             out = Path(directory) / "artifact"
             build(model, gpu, out, BuildOptions(max_context, blocks, dummy_weights=True))
-            _measure(out, count, depths, asked, as_json)
+            _measure(out, asked, as_json, **chosen)
 
 
-def _measure(artifact: Path, count: int, depths: list[int], asked: bool, as_json: bool) -> None:
+def _measure(artifact: Path, asked: bool, as_json: bool, n: int, depths: list[int], **chosen: Any) -> None:
     """Run and print. Depths that nobody asked for are left out where the context has no room for them."""
     from ..artifact import read_manifest
     from ..bench import run_bench
     from .output import emit_json
 
     if not asked:
-        room = read_manifest(artifact).max_context - count - 1
+        room = read_manifest(artifact).max_context - n - 1
         depths = [depth for depth in depths if depth <= room] or [0]
-    report = run_bench(artifact, count, depths, as_json)
+    report = run_bench(artifact, n, depths, as_json, **chosen)
     if as_json:
         emit_json(report)

@@ -82,6 +82,14 @@ class Result:
     milliseconds: float
 
 
+@dataclass(frozen=True)
+class Kernel:
+    """A loaded binary and its plan; `module` is what the target's loader gave."""
+
+    plan: Plan
+    module: Any
+
+
 class HostWords:
     """The words that host and kernel share: stop word, report, token ring (-1: not yet written)."""
 
@@ -111,6 +119,7 @@ class Runtime(ABC):
 
     poll_seconds = 50e-6
     words: HostWords
+    kernel: Kernel  # of the next launch
 
     def __init__(self, program: Program) -> None:
         self.program = program
@@ -154,6 +163,18 @@ class Runtime(ABC):
         """Copy `count` bytes of an operand, of 'weights' or 'kv', from byte `offset`; KeyError for an unknown name."""
 
     @abstractmethod
+    def load_kernel(self, plan: Plan, image: bytes) -> Kernel:
+        """Load another binary beside the artifact's own, for `use`. KogcError where it does not load or fit."""
+
+    @abstractmethod
+    def _fit(self, plan: Plan) -> None:
+        """Have an exchange buffer and a trace buffer that are large enough for `plan`."""
+
+    @abstractmethod
+    def read_trace(self) -> NDArray[np.uint64]:
+        """What a tracing kernel's last launch noted: uint64[blocks][1 + trace_events]; see templates/common/trace.h."""
+
+    @abstractmethod
     def read_bandwidth(self) -> float:
         """Bytes per second at which this machine reads memory when nothing else is done: the ceiling."""
 
@@ -162,6 +183,13 @@ class Runtime(ABC):
         """Give everything back; called once."""
 
     # -- what all share
+
+    def use(self, kernel: Kernel) -> None:
+        """Launch `kernel` from now on, over the same weights and caches. ValueError where it needs another layout."""
+        if not same_layout(self.plan, kernel.plan):
+            raise ValueError("the kernel lays out weights or caches in another way")
+        self._fit(kernel.plan)
+        self.kernel, self.plan = kernel, kernel.plan
 
     def tokens(self, request: Request) -> Generator[int, None, None]:
         """Launch, and yield each token as soon as it is made. Closing the iterator stops the kernel and waits."""
@@ -244,6 +272,20 @@ class Runtime(ABC):
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def trace_bytes(plan: Plan) -> int:
+    """Size of the event buffer of a tracing kernel; 0 for one without."""
+    return plan.blocks * (1 + plan.trace_events) * 8 if plan.trace_events else 0
+
+
+def same_layout(a: Plan, b: Plan) -> bool:
+    """Whether kernels of the two plans may share weights and caches."""
+
+    def layout(plan: Plan) -> tuple[object, ...]:
+        return plan.spec, plan.target, plan.blocks, plan.max_context, plan.phases, plan.slab_bytes, plan.kv_bytes
+
+    return layout(a) == layout(b)
 
 
 def stall_message(report: NDArray[np.uint32]) -> str:

@@ -6,15 +6,18 @@ import contextlib
 import ctypes
 import mmap
 import os
+import tempfile
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import KogcError
-from . import HostWords, Program, Runtime
+from ..plan.plan import Plan
+from . import HostWords, Kernel, Program, Runtime, trace_bytes
 from .args import KernelArgs
 
 CEILING_REPEATS = 5
@@ -31,9 +34,10 @@ class CpuRuntime(Runtime):
     def __init__(self, program: Program, oversubscribe: bool = False) -> None:
         super().__init__(program)
         _check_cpu(program, oversubscribe)
-        self._library = _open_library(program.binary)
+        self.kernel = Kernel(self.plan, _open_library(program.binary))
         self._rope = np.ascontiguousarray(program.rope, np.float32)
-        self._exchange = _aligned(self.plan.exchanges.bytes)
+        self._exchange = self._trace = _aligned(0)
+        self._fit(self.plan)
         self._kv = _anonymous(self.plan.kv_bytes)
         self._words = _aligned(HostWords.bytes(self.plan.max_context))
         self.words = HostWords(self._words, self.plan.max_context)
@@ -53,11 +57,32 @@ class CpuRuntime(Runtime):
     def upload(self, offset: int, data: memoryview) -> None:
         self._weights[offset : offset + len(data)] = np.frombuffer(data, np.uint8)
 
+    def load_kernel(self, plan: Plan, image: bytes) -> Kernel:
+        with tempfile.TemporaryDirectory(prefix="kogc-") as scratch:  # a loaded library outlives its file
+            path = Path(scratch) / self.program.binary.name
+            path.write_bytes(image)
+            return Kernel(plan, _open_library(path))
+
+    def _fit(self, plan: Plan) -> None:
+        if len(self._exchange) < plan.exchanges.bytes:
+            self._exchange = _aligned(plan.exchanges.bytes)
+        if len(self._trace) < trace_bytes(plan):
+            self._trace = _aligned(trace_bytes(plan))
+
+    def read_trace(self) -> NDArray[np.uint64]:
+        words: NDArray[np.uint64] = self._trace[: trace_bytes(self.plan)].view(np.uint64)
+        return np.array(words.reshape(self.plan.blocks, 1 + self.plan.trace_events))
+
+    @property
+    def _library(self) -> Any:
+        return self.kernel.module
+
     # -- launching
 
     def _launch(self, args: KernelArgs, prompt: NDArray[np.int32], logits: bool) -> None:
         self._exchange[:] = 0
-        prompt = np.ascontiguousarray(prompt)
+        self._trace[:] = 0
+        prompt, generate = np.ascontiguousarray(prompt), self._library.kogc_generate
         if logits:
             self._logits = np.empty((len(prompt), self.plan.spec.vocab), np.float32)
         args.prompt = prompt.ctypes.data
@@ -65,7 +90,7 @@ class CpuRuntime(Runtime):
 
         def work() -> None:
             before = time.perf_counter()
-            self._status = int(self._library.kogc_generate(ctypes.byref(args)))
+            self._status = int(generate(ctypes.byref(args)))
             self.last_timing = (time.perf_counter() - before) * 1e3
             prompt.flags.writeable = False  # the closure keeps the prompt alive until here
 
@@ -87,6 +112,8 @@ class CpuRuntime(Runtime):
         base = self._weights.ctypes.data
         operands = {o.name: base + o.offset for o in self.program.operands if o.name != "inv_freq"}
         caches = {"rope": self._rope.ctypes.data, "kv": self._kv.ctypes.data, "exchange": self._exchange.ctypes.data}
+        if self.plan.trace_events:
+            caches["trace"] = self._trace.ctypes.data
         return operands | caches | HostWords.pointers(self._words.ctypes.data)
 
     # -- around a launch

@@ -11,7 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import KogcError
-from . import HostWords, Program, Runtime
+from ..plan.plan import Plan
+from . import HostWords, Kernel, Program, Runtime, trace_bytes
 from .args import THREADS, KernelArgs
 from .driver import Driver, check_driver, check_gpu, open_gpu
 from .upload import Uploader
@@ -46,7 +47,7 @@ class CudaRuntime(Runtime):
         self._undo.append(lambda: self._driver.attempt("cuDevicePrimaryCtxRelease", self._device))
         self._use_context()
         self._check_memory()
-        self._load_binary()
+        self.kernel = self._load(self.plan, self._read_binary(), str(self.program.binary))
         self._stream = self._driver.call("cuStreamCreate", self._driver.CUstream_flags.CU_STREAM_NON_BLOCKING)
         self._undo.append(lambda: self._driver.attempt("cuStreamDestroy", self._stream))
         self._before, self._after = (self._event() for _ in range(2))
@@ -67,39 +68,44 @@ class CudaRuntime(Runtime):
             advice = "free some, or rebuild with a smaller --max-context"
             raise KogcError(f"{plan.spec.name} with a context of {plan.max_context} needs {sizes}: {advice}")
 
-    def _load_binary(self) -> None:
-        driver, path = self._driver, self.program.binary
+    def _read_binary(self) -> bytes:
+        path = self.program.binary
         try:
-            image = path.read_bytes()
+            return path.read_bytes()
         except OSError as error:
             raise KogcError(f"{path}: {error.strerror}") from None
+
+    def load_kernel(self, plan: Plan, image: bytes) -> Kernel:
+        self._use_context()
+        return self._load(plan, image, f"a variant of {self.program.binary}")
+
+    def _load(self, plan: Plan, image: bytes, name: str) -> Kernel:
+        driver = self._driver
         status, module = driver.cuModuleLoadData(image)
         if status != driver.CUresult.CUDA_SUCCESS:
-            raise KogcError(f"{path}: the driver does not load it ({driver.name_of(status)}); rebuild the artifact")
-        self._module = module
+            raise KogcError(f"{name}: the driver does not load it ({driver.name_of(status)}); rebuild the artifact")
         self._undo.append(lambda: driver.attempt("cuModuleUnload", module))
-        self._generate = self._function(GENERATE)
-        self._check_resident()
+        functions = {}
+        for function in (GENERATE, FILL, READ_CEILING):
+            status, functions[function] = driver.cuModuleGetFunction(module, function)
+            if status != driver.CUresult.CUDA_SUCCESS:
+                raise KogcError(f"{name}: has no {function.decode()}; rebuild the artifact")
+        self._check_resident(plan, functions[GENERATE], name)
+        return Kernel(plan, functions)
 
-    def _function(self, name: bytes) -> Any:
-        status, function = self._driver.cuModuleGetFunction(self._module, name)
-        if status != self._driver.CUresult.CUDA_SUCCESS:
-            raise KogcError(f"{self.program.binary}: has no {name.decode()}; rebuild the artifact")
-        return function
-
-    def _check_resident(self) -> None:
+    def _check_resident(self, plan: Plan, function: Any, name: str) -> None:
         """All blocks wait for each other, so all must be on the device at once."""
-        memory = self._allow_shared(self._generate)
-        each = self._driver.call("cuOccupancyMaxActiveBlocksPerMultiprocessor", self._generate, THREADS, memory)
-        if each * self.plan.profile.sms < self.plan.blocks:
-            room = f"{each * self.plan.profile.sms} blocks of this kernel fit the GPU, it has {self.plan.blocks}"
-            raise KogcError(f"{self.program.binary}: {room}; rebuild the artifact")
+        memory = self._allow_shared(function, plan.memory.bytes)
+        each = self._driver.call("cuOccupancyMaxActiveBlocksPerMultiprocessor", function, THREADS, memory)
+        if each * plan.profile.sms < plan.blocks:
+            room = f"{each * plan.profile.sms} blocks of this kernel fit the GPU, it has {plan.blocks}"
+            raise KogcError(f"{name}: {room}; rebuild the artifact")
 
-    def _allow_shared(self, function: Any) -> int:
-        """Opt in to the plan's dynamic shared memory; returns its bytes."""
+    def _allow_shared(self, function: Any, count: int) -> int:
+        """Opt in to `count` bytes of dynamic shared memory, and return them."""
         opt_in = self._driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-        self._driver.call("cuFuncSetAttribute", function, opt_in, self.plan.memory.bytes)
-        return self.plan.memory.bytes
+        self._driver.call("cuFuncSetAttribute", function, opt_in, count)
+        return count
 
     def _event(self) -> Any:
         event = self._driver.call("cuEventCreate", self._driver.CUevent_flags.CU_EVENT_DEFAULT)
@@ -111,12 +117,27 @@ class CudaRuntime(Runtime):
         self._weights = self._alloc(self.program.weights_bytes)
         self._kv = self._alloc(plan.kv_bytes)
         self._rope = self._alloc(rope.nbytes)
-        self._exchange = self._alloc(plan.exchanges.bytes)
+        self._exchange, self._exchange_bytes = 0, 0
+        self._trace, self._trace_bytes = 0, 0
+        self._fit(plan)
         self._prompt = self._alloc(plan.max_context * 4)
         self._logits, self._logits_bytes = 0, 0
         self._driver.call("cuMemsetD8", self._kv, 0, plan.kv_bytes)
         self._driver.call("cuMemcpyHtoD", self._rope, rope.ctypes.data, rope.nbytes)
         self._share_words()
+
+    def _fit(self, plan: Plan) -> None:
+        self._use_context()
+        if plan.exchanges.bytes > self._exchange_bytes:
+            self._exchange, self._exchange_bytes = self._alloc(plan.exchanges.bytes), plan.exchanges.bytes
+        if trace_bytes(plan) > self._trace_bytes:
+            self._trace, self._trace_bytes = self._alloc(trace_bytes(plan)), trace_bytes(plan)
+
+    def read_trace(self) -> NDArray[np.uint64]:
+        self._use_context()
+        out = np.empty((self.plan.blocks, 1 + self.plan.trace_events), np.uint64)
+        self._driver.call("cuMemcpyDtoH", out.ctypes.data, self._trace, out.nbytes)
+        return out
 
     def _alloc(self, count: int) -> int:
         address = int(self._driver.call("cuMemAlloc", count))
@@ -157,8 +178,10 @@ class CudaRuntime(Runtime):
         args.logits = self._logits_buffer(len(prompt)) if logits else 0
         driver.call("cuMemcpyHtoD", self._prompt, prompt.ctypes.data, prompt.nbytes)
         driver.call("cuMemsetD8Async", self._exchange, 0, plan.exchanges.bytes, self._stream)
+        if plan.trace_events:
+            driver.call("cuMemsetD8Async", self._trace, 0, trace_bytes(plan), self._stream)
         driver.call("cuEventRecord", self._before, self._stream)
-        self._start(self._generate, plan.blocks, THREADS, plan.memory.bytes, args, cooperative=True)
+        self._start(self.kernel.module[GENERATE], plan.blocks, THREADS, plan.memory.bytes, args, cooperative=True)
         driver.call("cuEventRecord", self._after, self._stream)
 
     def _start(
@@ -197,6 +220,8 @@ class CudaRuntime(Runtime):
     def _pointers(self) -> dict[str, int]:
         operands = {o.name: self._weights + o.offset for o in self.program.operands if o.name != "inv_freq"}
         caches = {"rope": self._rope, "kv": self._kv, "exchange": self._exchange, "prompt": self._prompt}
+        if self.plan.trace_events:
+            caches["trace"] = self._trace
         return operands | caches | HostWords.pointers(self._words_on_device)
 
     # -- around a launch
@@ -218,7 +243,7 @@ class CudaRuntime(Runtime):
             ctypes.c_uint64(self._address(name) + offset), ctypes.c_uint64(count), ctypes.c_uint32(seed),
             ctypes.c_float(amplitude), ctypes.c_int32(fp16),
         )  # fmt: skip
-        self._start(self._function(FILL), FILL_BLOCKS, FILL_THREADS, 0, *values)
+        self._start(self.kernel.module[FILL], FILL_BLOCKS, FILL_THREADS, 0, *values)
 
     def _address(self, name: str) -> int:
         return self._kv if name == "kv" else self._weights + self.program.operand(name).offset
@@ -232,8 +257,8 @@ class CudaRuntime(Runtime):
 
     def read_bandwidth(self) -> float:
         self._use_context()
-        function = self._function(READ_CEILING)
-        shared = self._allow_shared(function)
+        function = self.kernel.module[READ_CEILING]
+        shared = self._allow_shared(function, self.plan.memory.bytes)
         address, count = self._address("slabs"), self.program.operand("slabs").bytes
         scratch = 0
         if count < CACHE_MULTIPLE * self.plan.profile.l2_bytes:  # would be read from the cache: read something larger
