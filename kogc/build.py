@@ -39,10 +39,13 @@ from .artifact import (
 from .cache import content_key, default_cache
 from .commands.progress import byte_progress, spinner
 from .errors import KogcError, UsageError
+from .importer import ROUNDED
 from .model_source import ModelSource, find_model
+from .plan.check import check
+from .plan.matvec import UNITS
 from .plan.plan import Options, Plan, make_plan
-from .profile import load_profile
-from .spec import dump_spec
+from .profile import GpuProfile, load_profile
+from .spec import ModelSpec, dump_spec
 
 if TYPE_CHECKING:
     from .checkpoint import Checkpoint
@@ -106,7 +109,7 @@ class BuildResult:
 
 
 def prepare(model: str, gpu: str, max_context: int | None = None, blocks: int | None = None) -> Prepared:
-    """Find the model and make its plan; `gpu` is a profile's name or file, or `auto` for this machine."""
+    """Find the model, make its plan and check it; `gpu` is a profile's name or file, or `auto` for this machine."""
     notes: list[str] = []
     if gpu == "auto":
         gpu, note = targets.detect_profile()
@@ -114,13 +117,34 @@ def prepare(model: str, gpu: str, max_context: int | None = None, blocks: int | 
     profile = load_profile(gpu)
     source = find_model(model)
     if profile.target != "cpu":
-        plan = make_plan(source.spec, profile, Options(max_context, blocks))
+        plan = _checked_plan(source.spec, profile, Options(max_context, blocks))
     else:
         # A CPU's size is a fact of the machine at hand: it decides the plan, but the profile is kept as it is.
         here = replace(profile, memory_bytes=profile.memory_bytes or _machine_memory())
-        cores = blocks or profile.blocks or len(os.sched_getaffinity(0))
-        plan = replace(make_plan(source.spec, here, Options(max_context, cores)), profile=profile)
+        plan = replace(_checked_plan(source.spec, here, Options(max_context, blocks)), profile=profile)
     return Prepared(source, plan, (*notes, *source.notes, *plan.notes))
+
+
+def _checked_plan(spec: ModelSpec, profile: GpuProfile, options: Options) -> Plan:
+    """A plan that keeps its promises, with fewer blocks than the profile's where a small model has no work for all.
+
+    A block without rows in a layer is one that no other block waits for: it may be late, and read what is not its own.
+    """
+    plan = make_plan(spec, profile, options)
+    most = max(1, spec.hidden // UNITS[0])  # so many have rows of every vector of the residual stream's size
+    try:
+        check(plan)
+    except KogcError as error:
+        if options.blocks is not None:
+            hint = f" (any number up to {most} will do)" if most < plan.blocks else ""
+            raise UsageError(f"--blocks {options.blocks}: {error}{hint}") from None
+        if plan.blocks <= most:
+            raise
+        few = make_plan(spec, profile, replace(options, blocks=most))
+        check(few)
+        note = f"{most} blocks, not the {plan.blocks} of {profile.name}: more would have nothing to do in some phase"
+        return replace(few, notes=(*few.notes, note))
+    return plan
 
 
 def _machine_memory() -> int:
@@ -145,7 +169,7 @@ def build(model: str, gpu: str, out: Path | None, options: BuildOptions = BuildO
     size = 0 if options.dry_run or out is None else _artifact_bytes(out)
     return BuildResult(
         plan=prepared.plan,
-        notes=(*prepared.notes, *job.notes),
+        notes=job.all_notes(),
         out=None if options.dry_run else out,
         up_to_date=up_to_date,
         source_bytes=len(job.rendered.source.encode()),
@@ -207,6 +231,13 @@ class _Job:
         """Name and text of the kernel source and the headers it includes."""
         main = f"monokernel{SUFFIX[self.plan.target]}"
         return [(main, self.rendered.source), *sorted(self.rendered.headers.items())]
+
+    def all_notes(self) -> tuple[str, ...]:
+        """Every remark once: what config.json promised of rounding gives way to what was found in the weights."""
+        early = self.prepared.notes
+        if any("rounded from float32" in note for note in self.notes):
+            early = tuple(note for note in early if not note.endswith(ROUNDED))
+        return (*early, *self.notes)
 
     def run(self, out: Path) -> bool:
         """Build unless `out` is the result of the same build already; True when it is."""

@@ -26,6 +26,7 @@ ARCHITECTURES = {
 }
 
 MAX_CONFIG_BYTES = 1 << 24
+ROUNDED = "float32 weights are rounded to bf16"
 
 
 def _words(text: str) -> frozenset[str]:
@@ -499,7 +500,7 @@ def _dtype(cfg: _Config) -> tuple[str, Notes]:
     if not names or names[0] == "auto":
         return "bf16", [f"{cfg.source}: dtype is not stated: weights are taken as bf16"]
     if names[0] == "float32":
-        return "bf16", [f"{cfg.source}: float32 weights are rounded to bf16"]
+        return "bf16", [f"{cfg.source}: {ROUNDED}"]
     known = {"bfloat16": "bf16", "float16": "fp16"}
     if names[0] not in known:
         key = "dtype" if cfg.given("dtype") else "torch_dtype"

@@ -5,10 +5,13 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from . import strict_yaml
 from .errors import KogcError
 from .resources import data_dir
+
+if TYPE_CHECKING:
+    from . import strict_yaml
 
 TARGETS = ("cuda", "cpu")
 CUDA_ARCHS = ("sm_90a",)
@@ -67,6 +70,8 @@ def list_profiles() -> list[str]:
 
 def load_profile(name: str) -> GpuProfile:
     """A shipped profile by name, or one from a path that ends in .yaml; KogcError lists the known names."""
+    from . import strict_yaml  # only here: the loader has profiles too, and needs no YAML
+
     if name.endswith((".yaml", ".yml")):
         return _from_table(strict_yaml.read(Path(name)))
     if re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
@@ -78,6 +83,8 @@ def load_profile(name: str) -> GpuProfile:
 
 def parse_profile(text: str, file: str = "profile.yaml") -> GpuProfile:
     """Read a profile from YAML text; `file` names it in errors."""
+    from . import strict_yaml
+
     return _from_table(strict_yaml.parse(text, file))
 
 

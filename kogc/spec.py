@@ -8,10 +8,13 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from . import strict_yaml
 from .errors import KogcError
 from .resources import data_dir
+
+if TYPE_CHECKING:
+    from . import strict_yaml
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 DTYPES = ("bf16", "fp16")
@@ -123,11 +126,15 @@ def list_specs() -> list[str]:
 
 def load_spec(path_or_name: str | Path) -> ModelSpec:
     """Read a spec from a YAML file, or a shipped one by its name. KogcError names file and line."""
+    from . import strict_yaml  # only here: the loader has specs too, and needs no YAML
+
     return _from_table(strict_yaml.read(find_spec(path_or_name)))
 
 
 def parse_spec(text: str, file: str = "spec.yaml") -> ModelSpec:
     """Read a spec from YAML text; `file` names it in errors."""
+    from . import strict_yaml
+
     return _from_table(strict_yaml.parse(text, file))
 
 

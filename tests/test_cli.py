@@ -216,6 +216,34 @@ def test_no_tokenizer_is_said(compiler: None, tmp_path: Path) -> None:
     assert "kogc: note: no tokenizer.json" in result.stderr
 
 
+def test_rounding_is_said_once(compiler: None, tmp_path: Path) -> None:
+    """As config.json promises it while nothing is read, and then as it was found."""
+    wide = make(tmp_path / "wide", "llama", dtype="float32", tokenizer=True)
+    args = ("build", wide, "--gpu", "h200-sxm", "--blocks", 2, "-o", tmp_path / "out")
+    dry, built = kogc_cli(*args, "--dry-run"), kogc_cli(*args)
+    assert one_line(dry.stderr).endswith("config.json: float32 weights are rounded to bf16")
+    assert "rounded from float32 to bfloat16: 30 of 30 tensors" in one_line(built.stderr)
+
+
+def test_an_impossible_plan_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Plans are checked before anything is rendered, by every command that makes one."""
+    monkeypatch.setattr("kogc.plan.check.MAX_VOCAB", 1000)
+    for command in (("plan",), ("build", "--dummy-weights", "-o", tmp_path / "out"), ("build", "--dry-run")):
+        line = fails(1, *command, "smollm2-135m", "--gpu", "h200-sxm")
+        assert "plan: vocab 49152 is more than 1000" in line
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_small_model_gets_fewer_blocks(checkpoint: Path) -> None:
+    """A block without work in a layer could fall behind unnoticed."""
+    result = kogc_cli("plan", checkpoint, "--gpu", "h200-sxm", "--json")
+    assert json.loads(result.stdout)["blocks"] == 12  # hidden size 96
+    assert "note: 12 blocks, not the 128 of h200-sxm" in kogc_cli("plan", checkpoint, "--gpu", "h200-sxm").stderr
+    line = fails(2, "plan", checkpoint, "--gpu", "h200-sxm", "--blocks", 100)
+    assert "--blocks 100: " in line
+    assert "any number up to 12 will do" in line
+
+
 def test_limited_context_is_said() -> None:
     result = kogc_cli("plan", "llama-3.1-8b", "--gpu", "h100-sxm", "--max-context", 131072)
     assert result.exit_code in (0, 2)  # 80 GB hold it or not: the profile's facts decide

@@ -479,7 +479,7 @@ def test_weights_by_reference_are_packed_at_load(machine: Machine, tmp_path: Pat
 def test_loading_needs_nothing_of_the_compiler() -> None:
     code = (
         "import sys, kogc.session, kogc.runtime.cuda, kogc.runtime.cpu, kogc.runtime.program\n"
-        "unwanted = {'jinja2', 'click', 'torch', 'transformers', 'rich'}\n"
+        "unwanted = {'jinja2', 'yaml', 'click', 'torch', 'transformers', 'rich'}\n"
         "print(*sorted({m.split('.')[0] for m in sys.modules} & unwanted))\n"
         "print(*sorted(m for m in sys.modules if m.startswith('cuda')))"
     )

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -85,9 +87,26 @@ def test_weights_by_reference_run_alike(home: Path, checkpoint: Path, artifact: 
     assert packed.stdout == referenced.stdout
 
 
+@needs_cpu
+def test_loading_works_without_the_compilers_packages(home: Path, artifact: Path) -> None:
+    code = (
+        "import sys\n"
+        "for name in ('yaml', 'jinja2', 'click', 'rich', 'torch', 'transformers', 'safetensors', 'huggingface_hub'):\n"
+        "    sys.modules[name] = None\n"  # importing it is an ImportError
+        "import kogc\n"
+        "with kogc.load(sys.argv[1]) as session:\n"
+        "    print(session.generate('hello', 12).text, end='\\n')\n"
+    )
+    command = [sys.executable, "-c", code, str(artifact)]
+    done = subprocess.run(command, capture_output=True, text=True, env=process_env(home), timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == kogc_process(home, "run", artifact, "-p", "hello", "-n", 12).stdout != ""
+
+
 def test_artifact_for_more_cores_than_here(tmp_path: Path) -> None:
     """The CPU's form of another SM count: refused before the library is opened."""
-    args = ("smollm2-135m", "--gpu", "cpu-avx2", "--blocks", 4096, "--max-context", 64, "--dummy-weights")
+    blocks = len(os.sched_getaffinity(0)) + 1
+    args = ("llama-3.1-8b", "--gpu", "cpu-avx2", "--blocks", blocks, "--max-context", 64, "--dummy-weights")
     built = kogc_process(tmp_path, "build", *args, "-o", tmp_path / "out", stub=True)
     assert built.returncode == 0, built.stderr
     done = kogc_process(tmp_path, "run", tmp_path / "out", "-t", "1", "-n", 1)
