@@ -52,24 +52,36 @@ template <class P> struct HeadVector {
     }
   }
 
-  KOGC_DEVICE void normalise(const u16* gamma) {
+  // Norm weights and rotation, on their way while the vector is awaited.
+  KOGC_DEVICE void fetch(const u16* gamma, const float* rope) {  // rope: [HEAD_DIM / 2][cos, sin] of the position
+    KOGC_UNROLL for (int j = 0; j < PAIRS; j++) {
+      if (!owns(j)) continue;
+      cosine_[j] = rope[2 * index(j)];
+      sine_[j] = rope[2 * index(j) + 1];
+      if constexpr (P::QK_NORM) {
+        gamma_[j][0] = gamma[index(j)];
+        gamma_[j][1] = gamma[index(j) + HALF];
+      }
+    }
+  }
+
+  KOGC_DEVICE void normalise() {
     float squares = 0;
     KOGC_UNROLL for (int j = 0; j < PAIRS; j++) if (owns(j)) squares += low[j] * low[j] + high[j] * high[j];
     for (int m = LANES / 2; m; m /= 2) squares += shuffle_xor(squares, m);
     const float scale = reciprocal_sqrt(squares * (1.0f / P::HEAD_DIM) + P::NORM_EPS);
     KOGC_UNROLL for (int j = 0; j < PAIRS; j++) {
       if (!owns(j)) continue;
-      low[j] *= scale * to_float<P::FP16>(gamma[index(j)]);
-      high[j] *= scale * to_float<P::FP16>(gamma[index(j) + HALF]);
+      low[j] *= scale * to_float<P::FP16>(gamma_[j][0]);
+      high[j] *= scale * to_float<P::FP16>(gamma_[j][1]);
     }
   }
 
-  KOGC_DEVICE void rotate(const float* rope) {  // rope: [HEAD_DIM / 2][cos, sin] of the position
+  KOGC_DEVICE void rotate() {
     KOGC_UNROLL for (int j = 0; j < PAIRS; j++) {
-      if (!owns(j)) continue;
-      const float cosine = rope[2 * index(j)], sine = rope[2 * index(j) + 1], a = low[j], b = high[j];
-      low[j] = a * cosine - b * sine;
-      high[j] = b * cosine + a * sine;
+      const float a = low[j], b = high[j];
+      low[j] = a * cosine_[j] - b * sine_[j];
+      high[j] = b * cosine_[j] + a * sine_[j];
     }
   }
 
@@ -83,6 +95,8 @@ template <class P> struct HeadVector {
 
  private:
   static constexpr int BATCH = PAIRS < 16 ? PAIRS : 16;
+  float cosine_[PAIRS] = {}, sine_[PAIRS] = {};
+  u16 gamma_[PAIRS][2] = {};
 };
 
 // Queries of the unit (normalised, rotated, scaled for exp2) and, where this split owns the new position, its key and value.
@@ -98,10 +112,11 @@ KOGC_DEVICE void prepare(const KernelArgs& args, AttentionCore<P>& core, int kv_
     HeadVector<P> v;
     const bool query = i < heads, key = i == heads;
     const int row = query ? (first_head + i) * P::HEAD_DIM : P::Q_ROWS + ((key ? 0 : P::KV_HEADS) + kv_head) * P::HEAD_DIM;
+    if (query || key) v.fetch(gamma + key * P::HEAD_DIM, rope);
     v.take_from(qkv + row, parity, where);
     if (query || key) {
-      if constexpr (P::QK_NORM) v.normalise(gamma + key * P::HEAD_DIM);
-      v.rotate(rope);
+      if constexpr (P::QK_NORM) v.normalise();
+      v.rotate();
     }
     if (query) v.store([&](int d, float x) { core.store_query(i, d, x * scale); });
     else if (key) v.store([&](int d, float x) { core.store_key(chunk, position % CHUNK, d, float_to_bf16(x)); });

@@ -16,10 +16,10 @@ template <class P> struct Trace {
     if constexpr (P::TRACE) {
       if (thread() != 0 || !args.trace) return;
       u64* events = args.trace + (u64)block() * (1 + P::TRACE_EVENTS);
-      const u64 count = events[0];
+      const u32 count = counters()[1], waited = counters()[0];
       if (count >= P::TRACE_EVENTS) return;
-      const u32 waited = *waited_cycles();
-      *waited_cycles() = 0;
+      counters()[0] = 0;
+      counters()[1] = count + 1;
       events[1 + count] = ((u64)clock_cycles() & ((1ull << 36) - 1)) << 28 | (u64)(waited & 0xfffff) << 8 | what;
       events[0] = count + 1;
     }
@@ -33,12 +33,13 @@ template <class P> struct Trace {
     }
     KOGC_DEVICE ~Waiting() {
       if constexpr (P::TRACE)
-        if (thread() == 0) *waited_cycles() += (u32)(clock_cycles() - since);
+        if (thread() == 0) counters()[0] += (u32)(clock_cycles() - since);
     }
   };
 
  private:
-  static KOGC_DEVICE u32* waited_cycles() { return (u32*)(shared() + P::REDUCE_OFFSET + 264); }
+  // Cycles waited since the last event, and events so far.
+  static KOGC_DEVICE u32* counters() { return (u32*)(shared() + P::REDUCE_OFFSET + 264); }
 };
 
 }  // namespace kogc

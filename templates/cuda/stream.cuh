@@ -17,7 +17,7 @@ template <class P> struct Ring {
         barrier_init(full(i), 1);
         barrier_init(empty(i), WARPS);
       }
-      finished()[0] = finished()[2] = 0;  // the word after next counts cycles in a tracing build (common/trace.h)
+      finished()[0] = finished()[2] = finished()[3] = 0;  // the last two are counters of a tracing build (common/trace.h)
       barrier_init_done();
     }
     sync_block();
