@@ -8,14 +8,14 @@ GPU ?= auto
 OUT ?= build/$(notdir $(MODEL))-$(GPU)
 # A bare spec has no weights of its own.
 WEIGHTS := $(if $(wildcard $(MODEL)/config.json)$(findstring /,$(MODEL)),,--dummy-weights)
-PROMPT ?= def read_lines(path):
+PROMPT ?= def write_file(path, data):
 
 .PHONY: demo test build bench lint golden clean
 
 demo: $(VENV)/.installed
 	$(BIN)/kogc build examples/demo/checkpoint --gpu auto -o build/demo
 	@printf '\n%s' '$(PROMPT)'
-	@$(BIN)/kogc run build/demo -p '$(PROMPT)' -n 160
+	@$(BIN)/kogc run build/demo -p '$(PROMPT)' -n 128
 
 test: $(VENV)/.test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -q -m 'not gpu'

@@ -1,4 +1,4 @@
-"""Render a plan into the one source of its monokernel: constants, the order of phases, and which headers it stands on."""
+"""Render a plan into the one source of its monokernel: constants, the order of phases, the headers it stands on."""
 
 from __future__ import annotations
 
@@ -84,6 +84,8 @@ def _window_expression(plan: Plan) -> str:
         return "0"
     if len(windowed) == s.layers:
         return str(s.sliding_window)
-    words = [sum(1 << (layer - first) for layer in windowed if first <= layer < first + 64) for first in range(0, s.layers, 64)]
-    test = " : ".join(f"layer < {64 * (i + 1)} ? {word}ull >> (layer - {64 * i}) & 1" for i, word in enumerate(words)) + " : 0"
+    test = "0"
+    for first in reversed(range(0, s.layers, 64)):  # 64 layers to a word of bits
+        word = sum(1 << (layer - first) for layer in windowed if first <= layer < first + 64)
+        test = f"layer < {first + 64} ? {word}ull >> (layer - {first}) & 1 : {test}"
     return f"({test}) ? {s.sliding_window} : 0"

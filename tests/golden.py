@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from kogc.importer import spec_from_dir
@@ -19,7 +20,7 @@ PAIRS = (("demo", "cpu-avx2", 4), ("llama-3.2-1b", "h200-sxm", None), ("qwen3-0.
 
 def golden(model: str, gpu: str, blocks: int | None) -> Rendered:
     """The rendered source of one pair."""
-    spec = spec_from_dir(DEMO)[0] if model == "demo" else load_spec(model)
+    spec = replace(spec_from_dir(DEMO)[0], name="demo") if model == "demo" else load_spec(model)
     return render(make_plan(spec, load_profile(gpu), Options(blocks=blocks)))
 
 

@@ -66,7 +66,7 @@ def compile_binary(rendered: Rendered, plan: Plan) -> bytes:
         if status != nvrtc.nvrtcResult.NVRTC_SUCCESS:
             raise KogcError(f"{rendered.name} does not compile: {_first_error(log)}")
         _refuse_spills(log, rendered.name)
-        cubin = b" " * _call(nvrtc, nvrtc.nvrtcGetCUBINSize, program)
+        cubin: bytes = b" " * _call(nvrtc, nvrtc.nvrtcGetCUBINSize, program)
         _call(nvrtc, nvrtc.nvrtcGetCUBIN, program, cubin)
         return cubin
     finally:
@@ -98,13 +98,16 @@ def _refuse_spills(log: str, name: str) -> None:
 
 
 def _log(nvrtc: Any, program: Any) -> str:
-    log = b" " * _call(nvrtc, nvrtc.nvrtcGetProgramLogSize, program)
+    log: bytes = b" " * _call(nvrtc, nvrtc.nvrtcGetProgramLogSize, program)
     _call(nvrtc, nvrtc.nvrtcGetProgramLog, program, log)
     return log.decode(errors="replace").rstrip("\0")
 
 
 def _first_error(log: str) -> str:
-    return log
+    """The line that says what is wrong."""
+    lines = log.strip().splitlines()
+    errors = [line for line in lines if "error" in line]
+    return (errors or lines or ["NVRTC gives no reason"])[0].strip()
 
 
 def _include_directories(nvrtc: Any, scratch: Path) -> list[Path]:
