@@ -143,6 +143,7 @@ def _result(
         "target": plan.target,
         "gpu": plan.profile.name,
         "blocks": plan.blocks,
+        "knobs": asdict(plan.knobs),
         "max_context": plan.max_context,
         "repeat": repeat,
         "ceiling_bytes_per_second": ceiling,

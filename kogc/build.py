@@ -43,7 +43,7 @@ from .importer import ROUNDED
 from .model_source import ModelSource, find_model
 from .plan.check import check
 from .plan.matvec import UNITS
-from .plan.plan import Options, Plan, make_plan
+from .plan.plan import Knobs, Options, Plan, make_plan
 from .profile import GpuProfile, load_profile
 from .spec import ModelSpec, dump_spec
 
@@ -70,6 +70,7 @@ class BuildOptions:
     weights_by_reference: bool = False
     dump_source: Path | None = None
     dry_run: bool = False
+    knobs: Knobs | None = None  # None: those tuned for this shape and GPU, else the defaults
 
 
 @dataclass(frozen=True)
@@ -108,8 +109,13 @@ class BuildResult:
         }
 
 
-def prepare(model: str, gpu: str, max_context: int | None = None, blocks: int | None = None) -> Prepared:
-    """Find the model, make its plan and check it; `gpu` is a profile's name or file, or `auto` for this machine."""
+def prepare(
+    model: str, gpu: str, max_context: int | None = None, blocks: int | None = None, knobs: Knobs | None = None
+) -> Prepared:
+    """Find the model, make its plan and check it; `gpu` is a profile's name or file, or `auto` for this machine.
+
+    Without knobs, those that were tuned for this shape, GPU and number of blocks are taken, where there are such.
+    """
     notes: list[str] = []
     if gpu == "auto":
         gpu, note = targets.detect_profile()
@@ -117,12 +123,26 @@ def prepare(model: str, gpu: str, max_context: int | None = None, blocks: int | 
     profile = load_profile(gpu)
     source = find_model(model)
     if profile.target != "cpu":
-        plan = _checked_plan(source.spec, profile, Options(max_context, blocks))
+        options = _tuned_options(source.spec, profile, Options(max_context, blocks), knobs)
+        plan = _checked_plan(source.spec, profile, options)
     else:
         # A CPU's size is a fact of the machine at hand: it decides the plan, but the profile is kept as it is.
         here = replace(profile, memory_bytes=profile.memory_bytes or _machine_memory())
-        plan = replace(_checked_plan(source.spec, here, Options(max_context, blocks)), profile=profile)
+        options = Options(max_context, blocks, knobs or Knobs())
+        plan = replace(_checked_plan(source.spec, here, options), profile=profile)
     return Prepared(source, plan, (*notes, *source.notes, *plan.notes))
+
+
+def _tuned_options(spec: ModelSpec, profile: GpuProfile, options: Options, knobs: Knobs | None) -> Options:
+    """The options with the knobs given, else those found by the tuner for this very number of blocks."""
+    if knobs is not None:
+        return replace(options, knobs=knobs)
+    from .tuned import tuned_for
+
+    tuned = tuned_for(spec, profile)
+    if tuned is None or options.blocks not in (None, tuned.setting.blocks):
+        return options
+    return replace(options, blocks=tuned.setting.blocks, knobs=tuned.setting.knobs)
 
 
 def _checked_plan(spec: ModelSpec, profile: GpuProfile, options: Options) -> Plan:
@@ -155,7 +175,7 @@ def build(model: str, gpu: str, out: Path | None, options: BuildOptions = BuildO
     """Build an artifact at `out` (see BuildOptions). KogcError or UsageError for all that the user can change."""
     started = time.monotonic()
     _check_options(out, options)
-    prepared = prepare(model, gpu, options.max_context, options.blocks)
+    prepared = prepare(model, gpu, options.max_context, options.blocks, options.knobs)
     _check_weights(model, prepared, options)
     from .render import render
 

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import tempfile
+from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
+
+if TYPE_CHECKING:
+    from ..plan.plan import Knobs
 
 
 def _depths(ctx: click.Context, param: click.Parameter, value: str) -> list[int]:
@@ -19,12 +23,27 @@ def _depths(ctx: click.Context, param: click.Parameter, value: str) -> list[int]
     return depths
 
 
+def _knobs(words: tuple[str, ...]) -> Knobs | None:
+    """The knobs that the words name, the others at their defaults; None, which means the tuned ones, without words."""
+    from ..plan.plan import Knobs
+
+    known = [field.name for field in fields(Knobs)]
+    values = {}
+    for word in words:
+        name, _, value = word.partition("=")
+        if name not in known or not value.isdigit():
+            raise click.BadParameter(f"{word}: not NAME=N with a name of {', '.join(known)}", param_hint="--knob")
+        values[name] = int(value)
+    return Knobs(**values) if words else None
+
+
 @click.command("bench", short_help="Measure tokens per second.")
 @click.argument("model", metavar="DIR|SPEC")
 @click.option("--gpu", default="auto", show_default=True, help="Profile, for a model that is not built yet.")
 @click.option("--dummy-weights", is_flag=True, help="Build the model with random weights for this run.")
 @click.option("--max-context", type=click.IntRange(min=1), metavar="N", help="Longest context of that build.")
 @click.option("--blocks", type=click.IntRange(min=1), metavar="N", help="Number of blocks of that build.")
+@click.option("--knob", "knobs", multiple=True, metavar="NAME=N", help="A knob of that build; the rest: defaults.")
 @click.option("-n", "count", type=click.IntRange(min=1), default=128, show_default=True, help="Tokens to generate.")
 @click.option("-d", "depths", default="0,512,4096", show_default=True, callback=_depths, help="Context depths.")
 @click.option("--repeat", type=click.IntRange(min=1), default=3, show_default=True, help="Timed runs of each depth.")
@@ -37,6 +56,7 @@ def command(
     dummy_weights: bool,
     max_context: int | None,
     blocks: int | None,
+    knobs: tuple[str, ...],
     count: int,
     depths: list[int],
     repeat: int,
@@ -62,7 +82,7 @@ def command(
     else:
         with tempfile.TemporaryDirectory(prefix="kogc-bench-") as directory:
             out = Path(directory) / "artifact"
-            build(model, gpu, out, BuildOptions(max_context, blocks, dummy_weights=True))
+            build(model, gpu, out, BuildOptions(max_context, blocks, True, knobs=_knobs(knobs)))
             _measure(out, asked, as_json, **chosen)
 
 
