@@ -266,8 +266,8 @@ BUGS = {
     ),
     "two vectors in one slot": (
         "common/decoder.h",
-        "project<typename P::Down>(P::X_DOWN)",
-        "project<typename P::Down>(P::X_O)",
+        "project<typename P::Down>(P::X_DOWN,",
+        "project<typename P::Down>(P::X_O,",
     ),
     "a gathered vector used before the barrier": (
         "common/residual.h",
