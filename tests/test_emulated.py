@@ -255,7 +255,7 @@ def test_emulated_16_bit_numbers_round_as_numpy_does(tmp_path: Path) -> None:
 
 # Each is one small change of the kernel that its tests must notice.
 BUGS = {
-    "a stage used before it has arrived": ("cuda/matvec.cuh", "if (taken == 0) wait_full(cursor, where);", ""),
+    "a stage used before it has arrived": ("cuda/matvec.cuh", "if (taken_ == 0) wait_full();", ""),
     "a stage overwritten while it is read": ("cuda/stream.cuh", "if (!wait_empty(from)) return false;", ""),
     "a stage released before it is read": ("cuda/matvec.cuh", "if (lane() == 0) barrier_arrive", "barrier_arrive"),
     "a value taken before it is ready": ("common/exchange.h", " && ready(v[i], parity)", ""),
