@@ -18,6 +18,7 @@ from .errors import KogcError, UsageError
 from .plan.plan import Plan
 from .runtime import Request, Runtime
 from .session import load
+from .steady import watch
 
 HEADERS = ("model", "size", "target", "test", "t/s", "GB/token", "GB/s", "ceiling GB/s", "share", "comparison")
 
@@ -49,12 +50,14 @@ def run_bench(
     device: int = 0,
     phases: bool = False,
     trace: Path | None = None,
+    steady: bool = False,
 ) -> dict[str, Any]:
     """Load an artifact, compare it with the reference, and time n tokens at each depth. Speeds in tokens/s, bytes/s.
 
     Prints the table, unless the caller wants to print the result as JSON. KogcError if the comparison fails (nothing
     is timed then) or a depth does not fit the context. phases, trace: also profile a tracing build of the same plan at
-    the first depth, as a table or as a Chrome trace file; the speeds are the plain kernel's.
+    the first depth, as a table or as a Chrome trace file; the speeds are the plain kernel's. steady: also time each of
+    2,000 tokens from the first depth.
     """
     with load(Path(artifact_dir), device) as session:
         runtime = session.runtime
@@ -64,9 +67,14 @@ def run_bench(
         ceiling = runtime.read_bandwidth()
         speeds = [_speed(runtime, depth, n, repeat, ceiling) for depth in depths]
         result = _result(runtime, speeds, ceiling, repeat, comparison)
+        evenness = watch(runtime, depths[0]) if steady else None
         profile = _profile(runtime, depths[0]) if phases or trace else None
     if not json:
         print(table(result))
+    if evenness is not None:
+        result["steady"] = evenness.to_json()
+        if not json:
+            print(f"steady: {evenness.summary()}")
     if profile is not None:
         result["profile"] = {"depth": depths[0], **profile.to_json()}
         if trace is not None:

@@ -47,6 +47,7 @@ def _knobs(words: tuple[str, ...]) -> Knobs | None:
 @click.option("-n", "count", type=click.IntRange(min=1), default=128, show_default=True, help="Tokens to generate.")
 @click.option("-d", "depths", default="0,512,4096", show_default=True, callback=_depths, help="Context depths.")
 @click.option("--repeat", type=click.IntRange(min=1), default=3, show_default=True, help="Timed runs of each depth.")
+@click.option("--steady", is_flag=True, help="Also time each of 2,000 tokens, from the first depth.")
 @click.option("--phases", is_flag=True, help="Also show what a token's time goes to, at the first depth.")
 @click.option("--trace", type=click.Path(path_type=Path), metavar="FILE", help="Also write a Chrome/Perfetto trace.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
@@ -60,6 +61,7 @@ def command(
     count: int,
     depths: list[int],
     repeat: int,
+    steady: bool,
     phases: bool,
     trace: Path | None,
     as_json: bool,
@@ -74,7 +76,14 @@ def command(
     from ..errors import UsageError
 
     asked = click.get_current_context().get_parameter_source("depths") != click.core.ParameterSource.DEFAULT
-    chosen: dict[str, Any] = {"n": count, "depths": depths, "repeat": repeat, "phases": phases, "trace": trace}
+    chosen: dict[str, Any] = {
+        "n": count,
+        "depths": depths,
+        "repeat": repeat,
+        "phases": phases,
+        "trace": trace,
+        "steady": steady,
+    }
     if (Path(model) / MANIFEST).is_file():
         _measure(Path(model), asked, as_json, **chosen)
     elif not dummy_weights:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from abc import ABC, abstractmethod
@@ -21,6 +22,7 @@ from .args import REPORT_WORDS, KernelArgs, kernel_args
 LINE = 128  # bytes: the stop word, the report and the ring do not share a cache line
 ALIGN = 4096  # of every operand in the weights file and in memory
 ONE = {"bf16": 0x3F80, "fp16": 0x3C00}  # 1.0 as raw 16 bits
+LOOK_NANOSECONDS = 20_000_000  # between two questions whether a launch has ended, while its tokens are watched
 DUMMY_AMPLITUDE = 0.02 * 3**0.5  # uniform values of standard deviation 0.02, as models are initialised
 
 
@@ -193,6 +195,27 @@ class Runtime(ABC):
 
     def tokens(self, request: Request) -> Generator[int, None, None]:
         """Launch, and yield each token as soon as it is made. Closing the iterator stops the kernel and waits."""
+        with self._launched(request):
+            yield from self._follow(request.max_new)
+
+    def arrivals(self, request: Request) -> NDArray[np.int64]:
+        """Launch, and note the host's clock, in nanoseconds, when each token is first seen: polled without pause."""
+        times: list[int] = []
+        clock, ring, next_look = time.perf_counter_ns, self.words.ring, 0
+        with self._launched(request):
+            while len(times) < request.max_new:
+                now = clock()
+                if ring[len(times)] >= 0:
+                    times.append(now)
+                elif now > next_look:  # asking the driver takes longer than looking at the ring
+                    if self._ended() and ring[len(times)] < 0:
+                        break
+                    next_look = now + LOOK_NANOSECONDS
+        return np.array(times, np.int64)
+
+    @contextlib.contextmanager
+    def _launched(self, request: Request) -> Iterator[None]:
+        """A launch under way; in the end it is stopped, if it still runs, and waited for."""
         if not self._lock.acquire(blocking=False):
             raise KogcError("this session is already generating: finish or close that stream first")
         try:
@@ -202,7 +225,7 @@ class Runtime(ABC):
             args = kernel_args(self._pointers(), request.start, len(request.prompt), request.max_new, request.stop)
             self._launch(args, np.asarray(request.prompt, np.int32), request.logits)
             try:
-                yield from self._follow(request.max_new)
+                yield
             finally:
                 self.words.stop_word[0] = 1
                 self._wait()
