@@ -25,7 +25,6 @@ HEADERS = {
     ),
 }  # fmt: skip
 SUFFIX = {"cuda": "cu", "cpu": "cpp"}
-ORDER = ("qkv", "attention", "o", "gate_up", "down")
 
 
 @dataclass(frozen=True)
@@ -55,7 +54,6 @@ def render(plan: Plan) -> Rendered:
         gather_splits=min(plan.knobs.gather_splits, plan.splits),
         partial_units=PARTIAL_UNITS,
         phases=[("".join(word.capitalize() for word in p.name.split("_")), p) for p in plan.phases],
-        order=ORDER,
     )
     headers = {name: (data_dir("templates") / name).read_text() for name in files}
     return Rendered(f"{plan.spec.name}_{plan.profile.name}.{SUFFIX[plan.target]}", source, headers)

@@ -85,6 +85,16 @@ class Plan:
     def phases(self) -> tuple[MatVec, ...]:
         return (*self.layer_phases, self.head)
 
+    @property
+    def group(self) -> int:
+        """Consecutive fragments that one warp takes together, in every phase."""
+        return min(p.group for p in self.phases)
+
+    @property
+    def hidden_padded(self) -> int:
+        """Columns of the residual stream as activations hold it: the widest padding of the phases that read it."""
+        return max(p.columns_padded for p in self.phases if p.name in ("qkv", "gate_up", "head"))
+
     def layer_bytes(self, block: int) -> int:
         return sum(p.bytes_of(block) for p in self.layer_phases)
 

@@ -1,5 +1,8 @@
-// The phases of one step of decoding, as every target runs them. The generated source calls them in order; the target
-// brings matvec() (products of this block's rows) and AttentionCore (products with keys and values).
+// One step of decoding, as every target runs it: mat-vec phases one after the other, each with its own input and output.
+// The target brings matvec() (products of this block's rows) and AttentionCore (products with keys and values).
+//
+// The phases share one loop, and with it one instance of the code of a mat-vec, a norm and a gather: a step runs through
+// all of its code once a layer, and code that does not fit the instruction cache costs more than a few selects.
 #pragma once
 
 namespace kogc {
@@ -8,44 +11,53 @@ namespace kogc {
 template <class P> struct Generation {
   static KOGC_DEVICE int steps(const KernelArgs& a) { return a.n_prompt + (a.max_new > 0 ? a.max_new - 1 : 0); }
   static KOGC_DEVICE bool needs_head(const KernelArgs& a, int step) { return a.logits || (step >= a.n_prompt - 1 && a.max_new > 0); }
+  static KOGC_DEVICE int phases(const KernelArgs& a, int step) { return P::LAYERS * LAYER_PHASES + needs_head(a, step); }
 };
 
-template <class P, class Stream> class Decoder {
+// The i-th phase of a step.
+template <class P> KOGC_DEVICE int phase_at(int i) { return i < P::LAYERS * LAYER_PHASES ? i % LAYER_PHASES : HEAD; }
+
+template <class P> class Decoder {
  public:
-  KOGC_DEVICE Decoder(const KernelArgs& args, Stream& stream) : args_(args), stream_(stream), where_{args, 0, 0} {}
+  KOGC_DEVICE Decoder(const KernelArgs& args, Stream<P>& stream) : args_(args), stream_(stream), where_{args, 0, 0} {}
 
-  KOGC_DEVICE void begin(int step) {
+  // A token goes in, the next one comes out. False: the generation has ended.
+  KOGC_DEVICE bool step(int step) {
     where_.step = step;
-    const i32 token = step < args_.n_prompt ? args_.prompt[step] : token_;
     mark(BEGIN);
+    const i32 token = step < args_.n_prompt ? args_.prompt[step] : token_;
     Residual<P>::load_embedding(args_.embedding + (u64)token * P::HIDDEN);
-    normalise<typename P::Qkv>(0);
-    mark(EMBED);
+    const int phases = Generation<P>::phases(args_, step);
+    best_ = 0;
+#pragma unroll 1
+    for (int i = 0; i < phases; i++) {
+      where_.layer = i / LAYER_PHASES;
+      phase_ = phase_at<P>(i);
+      input();
+      if (phase_ == QKV) parity_ ^= 1;
+      project();
+    }
+    const bool choose = step >= args_.n_prompt - 1 && args_.max_new > 0;
+    return !choose || this->choose();
   }
 
-  KOGC_DEVICE void layer(int l) {
-    where_.layer = l;
-    parity_ ^= 1;
-  }
-
-  KOGC_DEVICE void qkv() {
-    using M = typename P::Qkv;
-    const Share<P, M> share;
-    float* to = slot(P::X_QKV) + share.first_row;
-    const u16* bias = args_.qkv_bias + (u64)where_.layer * M::ROWS + share.first_row;
-    const int mine = thread() < share.units * M::UNIT ? thread() : 0;
-    const float early = P::QKV_BIAS ? to_float<P::FP16>(bias[mine]) : 0.0f;  // on its way before it is needed
-    float scale;
-    const auto prepare = [&] {
-      mark(QKV_PRODUCTS);
-      scale = Residual<P>::scale();
-    };
-    matvec<P, M, 1>(stream_, share.units, where_, prepare, [&](int i, float v) {
-      v *= scale;
-      if constexpr (P::QKV_BIAS) v += i == thread() ? early : to_float<P::FP16>(bias[i]);
-      if (share.first_row + i < M::ROWS) put(to + i, v, parity_);
-    });
-    mark(QKV_PUT);
+ private:
+  // Brings the phase's activation into shared memory, from what the blocks have put.
+  KOGC_DEVICE void input() {
+    if (phase_ == O) {
+      attention();
+      mark(ATTENTION_GATHER);
+    } else if (phase_ == DOWN) {
+      gather<P, P::FFN>(slot(P::X_HIDDEN), activation<P>(), P::Down::COLUMNS_PADDED, parity_, where_, WAIT_HIDDEN);
+      mark(HIDDEN_GATHER);
+    } else {
+      const bool first = phase_ == QKV && where_.layer == 0, after_attention = phase_ == GATE_UP;
+      Quad16 gamma[Residual<P>::OWN];
+      Residual<P>::load_gamma(gamma, args_.norms + (u64)(2 * where_.layer + after_attention) * P::HIDDEN);  // on its way
+      if (!first) Residual<P>::add(slot(after_attention ? P::X_O : P::X_DOWN), parity_, where_, after_attention ? WAIT_O : WAIT_DOWN);
+      Residual<P>::normalise(gamma, activation<P>(), P::HIDDEN_PADDED);
+      mark(first ? EMBED : after_attention ? O_GATHER : DOWN_GATHER);
+    }
   }
 
   KOGC_DEVICE void attention() {
@@ -60,78 +72,62 @@ template <class P, class Stream> class Decoder {
       combine<P>(args_, span, parity_, combined_parity_, where_);
       gather<P, P::Q_ROWS>(slot(P::X_ATTENTION), activation<P>(), P::O::COLUMNS_PADDED, combined_parity_, where_, WAIT_ATTENTION);
     }
-    mark(ATTENTION_GATHER);
   }
 
-  KOGC_DEVICE void o() { project<typename P::O>(P::X_O, O_PRODUCTS, O_PUT); }
-
-  KOGC_DEVICE void gate_up() {
-    using M = typename P::GateUp;  // rows alternate: gate 0, up 0, gate 1, up 1, ...
-    add_and_normalise<M>(P::X_O, WAIT_O, 2 * where_.layer + 1);
-    mark(O_GATHER);
-    const Share<P, M> share;
-    float* to = slot(P::X_HIDDEN) + share.first_row / 2;
-    float scale;
+  // Multiplies this block's rows of the phase and puts the results where the next phase finds them.
+  KOGC_DEVICE void project() {
+    const Work work = work_of<P>(phase_);
+    const bool normalised = phase_ != O && phase_ != DOWN;
+    if (phase_ == HEAD && block() == 0 && thread() == 0) stop_ = load_host(args_.stop_word);  // arrives while the rows stream
+    float* to = slot(phase_ == QKV ? P::X_QKV : phase_ == O ? P::X_O : phase_ == GATE_UP ? P::X_HIDDEN : P::X_DOWN);
+    const u16* bias = args_.qkv_bias + (u64)where_.layer * P::Qkv::ROWS;
+    const int mine = work.first + 2 * thread();
+    float early[2] = {};  // the bias of this thread's first rows, on its way before it is needed
+    if (P::QKV_BIAS && phase_ == QKV && mine < work.rows) KOGC_UNROLL for (int e = 0; e < 2; e++) early[e] = to_float<P::FP16>(bias[mine + e]);
+    float scale = 1;
     const auto prepare = [&] {
-      mark(GATE_UP_PRODUCTS);
-      scale = Residual<P>::scale();
+      mark(products_mark());
+      if (normalised) scale = Residual<P>::scale();
     };
-    matvec<P, M, 2>(stream_, share.units, where_, prepare, [&](int i, float gate, float up) {
-      gate *= scale;
-      const float silu = gate / (1.0f + exp2_fast(-LOG2E * gate));
-      if (share.first_row + i < M::ROWS) put(to + i / 2, silu * (up * scale), parity_);
+    matvec<P>(stream_, work, where_, prepare, [&](int i, float y, float z) {
+      const int row = work.first + i;
+      if (row >= work.rows) return;
+      y *= scale;
+      z *= scale;
+      if (phase_ == GATE_UP) {  // rows alternate: gate 0, up 0, gate 1, up 1, ...
+        put(to + row / 2, y / (1.0f + exp2_fast(-LOG2E * y)) * z, parity_);
+      } else if (phase_ == HEAD) {
+        consider(row, y);
+        if (row + 1 < work.rows) consider(row + 1, z);
+      } else {
+        if (P::QKV_BIAS && phase_ == QKV) {
+          y += row == mine ? early[0] : to_float<P::FP16>(bias[row]);
+          z += row == mine ? early[1] : to_float<P::FP16>(bias[row + 1]);
+        }
+        put(to + row, y, parity_);
+        put(to + row + 1, z, parity_);
+      }
     });
-    mark(GATE_UP_PUT);
+    if (phase_ != HEAD) mark(output_mark());
   }
 
-  KOGC_DEVICE void down() {
-    gather<P, P::FFN>(slot(P::X_HIDDEN), activation<P>(), P::Down::COLUMNS_PADDED, parity_, where_, WAIT_HIDDEN);
-    mark(HIDDEN_GATHER);
-    project<typename P::Down>(P::X_DOWN, DOWN_PRODUCTS, DOWN_PUT);
-    const int next = where_.layer + 1;
-    if (next < P::LAYERS) add_and_normalise<typename P::Qkv>(P::X_DOWN, WAIT_DOWN, 2 * next);
-    else add_and_normalise<typename P::Head>(P::X_DOWN, WAIT_DOWN, 2 * P::LAYERS);
-    mark(DOWN_GATHER);
-  }
-
-  // Vocabulary projection and greedy choice. True: the generation goes on.
-  KOGC_DEVICE bool head() {
-    using M = typename P::Head;
-    const Share<P, M> share;
-    const i32 stop = block() == 0 && thread() == 0 ? load_host(args_.stop_word) : 0;  // arrives while the rows stream
-    float* logits = args_.logits && where_.step < args_.n_prompt ? args_.logits + (u64)where_.step * P::VOCAB : nullptr;
-    u64 best = 0;
-    float scale;
-    const auto prepare = [&] {
-      mark(HEAD_PRODUCTS);
-      scale = Residual<P>::scale();
-    };
-    matvec<P, M, 1>(stream_, share.units, where_, prepare, [&](int i, float v) {
-      const int row = share.first_row + i;
-      if (row >= P::VOCAB) return;
-      v *= scale;
-      if (logits) logits[row] = v;
-      const u64 key = choice(v, row);
-      best = key > best ? key : best;
-    });
-    if (where_.step < args_.n_prompt - 1 || args_.max_new == 0) return true;
-    return choose(best, stop);
-  }
-
- private:
-  KOGC_DEVICE int position() const { return args_.start + where_.step; }
-
+  // --- greedy choice ---------------------------------------------------------------------------------------------------
   // A choice: the logit in order, then the lowest row, then a stop flag and the count of choices as a tag.
   static constexpr u32 TAG_BITS = 11, STOP_BIT = TAG_BITS, ROW_SHIFT = STOP_BIT + 1;
   static constexpr u32 TAG_MASK = (1u << TAG_BITS) - 1, ROW_MASK = (1u << (32 - ROW_SHIFT)) - 1;
 
-  static KOGC_DEVICE u64 choice(float v, int row) { return (u64)ordered(v) << 32 | (u64)(ROW_MASK - (u32)row) << ROW_SHIFT; }
+  KOGC_DEVICE void consider(int row, float logit) {
+    if (args_.logits && where_.step < args_.n_prompt) args_.logits[(u64)where_.step * P::VOCAB + row] = logit;
+    const u64 key = (u64)ordered(logit) << 32 | (u64)(ROW_MASK - (u32)row) << ROW_SHIFT;
+    best_ = key > best_ ? key : best_;
+  }
 
-  KOGC_DEVICE bool choose(u64 best, i32 stop) {
+  // All blocks agree on the next token. False: it ends the generation.
+  KOGC_DEVICE bool choose() {
     u64* keys = (u64*)(args_.exchange + P::X_KEYS);
     const u32 tag = (u32)(++choices_) & TAG_MASK;
-    best = block_maximum(best);
-    if (thread() == 0) store_key(keys + block(), best | (u64)(stop != 0) << STOP_BIT | tag);
+    u64 best = block_maximum(best_);
+    if (thread() == 0) store_key(keys + block(), best | (u64)(stop_ != 0) << STOP_BIT | tag);
     best = 0;
     for (int b = thread(); b < P::BLOCKS; b += THREADS) {
       Spin spin;
@@ -143,20 +139,18 @@ template <class P, class Stream> class Decoder {
     }
     best = block_maximum(best);
     token_ = (i32)(ROW_MASK - ((u32)best >> ROW_SHIFT));
-    const int index = where_.step - (args_.n_prompt - 1);
-    if (block() == 0 && thread() == 0) store_host(args_.tokens + index, token_);
+    if (block() == 0 && thread() == 0) store_host(args_.tokens + where_.step - (args_.n_prompt - 1), token_);
     bool stopped = *stop_flag();
     for (int i = 0; i < args_.n_stop; i++) stopped = stopped || token_ == args_.stop[i];
     mark(HEAD_CHOICE);
     return !stopped;
   }
 
-  static KOGC_DEVICE int* stop_flag() { return (int*)(shared_scratch() + 192); }
-  static KOGC_DEVICE char* shared_scratch() { return (char*)warp_sums<P>(); }
+  static KOGC_DEVICE int* stop_flag() { return (int*)((char*)warp_sums<P>() + 192); }
 
   // The largest key of the block, on every thread.
   KOGC_DEVICE u64 block_maximum(u64 key) {
-    u64* of_warps = (u64*)(shared_scratch() + 64);
+    u64* of_warps = (u64*)((char*)warp_sums<P>() + 64);
     for (int m = LANES / 2; m; m /= 2) {
       const u64 other = shuffle_xor(key, m);
       key = other > key ? other : key;
@@ -169,38 +163,20 @@ template <class P, class Stream> class Decoder {
   }
 
   KOGC_DEVICE float* slot(int offset) const { return (float*)(args_.exchange + offset); }
-
-  template <class M> KOGC_DEVICE void normalise(int norm) {
-    Quad16 gamma[Residual<P>::OWN];
-    Residual<P>::load_gamma(gamma, args_.norms + (u64)norm * P::HIDDEN);
-    Residual<P>::normalise(gamma, activation<P>(), M::COLUMNS_PADDED);
-  }
-
-  template <class M> KOGC_DEVICE void add_and_normalise(int from, Site site, int norm) {
-    Quad16 gamma[Residual<P>::OWN];
-    Residual<P>::load_gamma(gamma, args_.norms + (u64)norm * P::HIDDEN);  // on its way while the sums are awaited
-    Residual<P>::add(slot(from), parity_, where_, site);
-    Residual<P>::normalise(gamma, activation<P>(), M::COLUMNS_PADDED);
-  }
-
-  // A projection back to the residual stream.
-  template <class M> KOGC_DEVICE void project(int to_slot, Mark products, Mark done) {
-    const Share<P, M> share;
-    float* to = slot(to_slot) + share.first_row;
-    matvec<P, M, 1>(stream_, share.units, where_, [&] { mark(products); }, [&](int i, float v) {
-      if (share.first_row + i < M::ROWS) put(to + i, v, parity_);
-    });
-    mark(done);
-  }
-
+  KOGC_DEVICE int position() const { return args_.start + where_.step; }
   KOGC_DEVICE void mark(Mark what) const { Trace<P>::mark(args_, what); }
+  KOGC_DEVICE Mark products_mark() const {
+    return phase_ == QKV ? QKV_PRODUCTS : phase_ == O ? O_PRODUCTS : phase_ == GATE_UP ? GATE_UP_PRODUCTS : phase_ == DOWN ? DOWN_PRODUCTS : HEAD_PRODUCTS;
+  }
+  KOGC_DEVICE Mark output_mark() const { return phase_ == QKV ? QKV_PUT : phase_ == O ? O_PUT : phase_ == GATE_UP ? GATE_UP_PUT : DOWN_PUT; }
 
   const KernelArgs& args_;
-  Stream& stream_;
+  Stream<P>& stream_;
   Where where_;
-  int choices_ = 0;
-  i32 token_ = 0;
+  int phase_ = QKV, choices_ = 0;
+  i32 token_ = 0, stop_ = 0;
   u32 parity_ = 0, combined_parity_ = 0;
+  u64 best_ = 0;
 };
 
 }  // namespace kogc

@@ -1,22 +1,31 @@
 // Which rows of a mat-vec phase this block holds; the same arithmetic as kogc/plan/matvec.py.
-// M: ROWS, COLUMNS, COLUMNS_PADDED, UNIT, BASE, REMAINDER, ROTATION, GROUP.
+// M: ROWS, COLUMNS, COLUMNS_PADDED, UNIT, BASE, REMAINDER, ROTATION.
 #pragma once
 
 namespace kogc {
 
-template <class P, class M> struct Share {
-  int units, first_row;
+// The mat-vec phases in the order of the slab: a layer's four, and the vocabulary projection.
+enum Phase { QKV, O, GATE_UP, DOWN, HEAD };
+constexpr int LAYER_PHASES = HEAD;
 
-  KOGC_DEVICE Share() {
-    int rank = block() - M::ROTATION;
-    if (rank < 0) rank += P::BLOCKS;
-    const bool extra = rank < M::REMAINDER;
-    units = M::BASE + extra;
-    first_row = (rank * M::BASE + (extra ? rank : M::REMAINDER)) * M::UNIT;
+// A block's share of a phase: `units` units of `unit` rows, from row `first` on, of `rows` true rows.
+struct Work { int units, unit, first, rows, columns; };
+
+template <class P, class M> KOGC_DEVICE Work share() {
+  int rank = block() - M::ROTATION;
+  if (rank < 0) rank += P::BLOCKS;
+  const bool extra = rank < M::REMAINDER;
+  return {M::BASE + extra, M::UNIT, (rank * M::BASE + (extra ? rank : M::REMAINDER)) * M::UNIT, M::ROWS, M::COLUMNS_PADDED};
+}
+
+template <class P> KOGC_DEVICE Work work_of(int phase) {
+  switch (phase) {
+    case QKV: return share<P, typename P::Qkv>();
+    case O: return share<P, typename P::O>();
+    case GATE_UP: return share<P, typename P::GateUp>();
+    case DOWN: return share<P, typename P::Down>();
+    default: return share<P, typename P::Head>();
   }
-
-  static constexpr int UNIT_BYTES = M::UNIT * M::COLUMNS_PADDED * 2;
-  static constexpr int GROUPS = UNIT_BYTES / 512 / M::GROUP;  // groups of fragments in a unit
-};
+}
 
 }  // namespace kogc

@@ -50,32 +50,30 @@ struct Team {
 };
 
 // --- generation ------------------------------------------------------------------------------------------------------
-template <class P> using DecodeStep = bool (*)(Decoder<P, Stream<P>>&, const KernelArgs&, int);
-
 // One block's part, to the end of the generation. Not inlined: what calls setjmp is not optimised.
-template <class P, DecodeStep<P> decode_step>
+template <class P>
 inline __attribute__((noinline)) void generate_block(const KernelArgs& args) {
   Stream<P> stream;
-  Decoder<P, Stream<P>> decoder(args, stream);
+  Decoder<P> decoder(args, stream);
   const int steps = Generation<P>::steps(args);
   for (int step = 0; step < steps; step++) {
     if (block() == 0 && load_host(args.stop_word)) leave(STOPPED);  // also between the tokens of a prompt
     stream.rewind(args.slabs);
-    if (!decode_step(decoder, args, step)) break;
+    if (!decoder.step(step)) break;
   }
 }
 
-template <class P, DecodeStep<P> decode_step> inline void enter_block(const Task& task) {
+template <class P> inline void enter_block(const Task& task) {
   alignas(128) char memory[P::SHARED_BYTES];
   jmp_buf way_out;
   self = {task.index, task.team->count, memory, &task.team->ended, &way_out, 0, nullptr, nullptr};
-  if (setjmp(way_out) == 0) generate_block<P, decode_step>(*(const KernelArgs*)task.team->context);
+  if (setjmp(way_out) == 0) generate_block<P>(*(const KernelArgs*)task.team->context);
 }
 
 // 0: the generation has ended or the host has stopped it; else an Ending, and a stall has filled the report.
-template <class P, DecodeStep<P> decode_step> inline int generate(const KernelArgs& args) {
-  constexpr u64 STACK = P::SHARED_BYTES + sizeof(Decoder<P, Stream<P>>) + sizeof(AttentionCore<P>) + P::HIDDEN * 16 + (1 << 20);
-  Team team = {enter_block<P, decode_step>, &args, P::BLOCKS, STACK};
+template <class P> inline int generate(const KernelArgs& args) {
+  constexpr u64 STACK = P::SHARED_BYTES + sizeof(Decoder<P>) + sizeof(AttentionCore<P>) + P::HIDDEN * 16 + (1 << 20);
+  Team team = {enter_block<P>, &args, P::BLOCKS, STACK};
   team.run();
   return team.ended == STOPPED ? FINISHED : team.ended;
 }

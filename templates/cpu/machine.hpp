@@ -12,6 +12,7 @@
 
 #include "common/args.h"
 
+#define KOGC_COLD static __attribute__((noinline, cold))
 #define KOGC_DEVICE inline __attribute__((always_inline))
 #define KOGC_UNROLL  // loops over a block's threads are long here, and few of them are worth unrolling
 #if defined(__clang__)

@@ -39,18 +39,18 @@ template <> struct Columns<false, true> {
 };
 #endif
 
-// The rows of one unit times the activation, to y[UNIT]; `at` moves past the unit.
-template <class P, class M> KOGC_DEVICE void multiply_unit(const u8*& at, const u16* x, float (&y)[8]) {
-  constexpr int SUB_BLOCKS = 8 / M::UNIT;
+// The UNIT rows of one unit times the activation, to y; `at` moves past the unit.
+template <class P, int UNIT> KOGC_DEVICE void multiply_unit(const u8*& at, const u16* x, int columns, float (&y)[8]) {
+  constexpr int SUB_BLOCKS = 8 / UNIT;
   Vector sum[8];
   KOGC_UNROLL_ALL for (int r = 0; r < 8; r++) sum[r] = zero();
   const u16* w = (const u16*)at;
-  for (const u16* const end = x + M::COLUMNS_PADDED; x < end; x += 32 * SUB_BLOCKS, w += 256) {
+  for (const u16* const end = x + columns; x < end; x += 32 * SUB_BLOCKS, w += 256) {
     KOGC_UNROLL_ALL for (int r = 0; r < 8; r++) prefetch((const u8*)(w + 32 * r) + AHEAD);
     KOGC_UNROLL_ALL for (int s = 0; s < SUB_BLOCKS; s++) {
-      const Columns<P::FP16> columns(x + 32 * s);
-      KOGC_UNROLL_ALL for (int r = 0; r < M::UNIT; r++)
-        sum[s * M::UNIT + r] = columns.times(w + (s * M::UNIT + r) * 32, sum[s * M::UNIT + r]);
+      const Columns<P::FP16> piece(x + 32 * s);
+      KOGC_UNROLL_ALL for (int r = 0; r < UNIT; r++)
+        sum[s * UNIT + r] = piece.times(w + (s * UNIT + r) * 32, sum[s * UNIT + r]);
     }
   }
   at = (const u8*)w;
@@ -59,18 +59,16 @@ template <class P, class M> KOGC_DEVICE void multiply_unit(const u8*& at, const 
     for (int r = 0; r < 4; r++) y[r] += y[r + 4];
 }
 
-// y = W x for this block's rows. `prepare()` runs once before the first result; `result(i, y...)` gets TOGETHER
-// consecutive rows of the block, starting at its i-th.
-template <class P, class M, int TOGETHER, class Prepare, class Result>
-KOGC_DEVICE void matvec(Stream<P>& stream, int units, const Where&, Prepare prepare, Result result) {
+// y = W x for this block's rows. `prepare()` runs once before the first result; `result(i, y, z)` gets rows i and i + 1
+// of the block, for even i.
+template <class P, class Prepare, class Result>
+KOGC_DEVICE void matvec(Stream<P>& stream, const Work& work, const Where&, Prepare prepare, Result result) {
   prepare();
-  for (int unit = 0; unit < units; unit++) {
+  for (int unit = 0; unit < work.units; unit++) {
     float y[8];
-    multiply_unit<P, M>(stream.at, activation<P>(), y);
-    for (int r = 0; r < M::UNIT; r += TOGETHER) {
-      if constexpr (TOGETHER == 2) result(unit * M::UNIT + r, y[r], y[r + 1]);
-      else result(unit * M::UNIT + r, y[r]);
-    }
+    if (work.unit == 8) multiply_unit<P, 8>(stream.at, activation<P>(), work.columns, y);
+    else multiply_unit<P, 4>(stream.at, activation<P>(), work.columns, y);
+    for (int r = 0; r < work.unit; r += 2) result(unit * work.unit + r, y[r], y[r + 1]);
   }
   read_next(stream.at);
 }

@@ -3,25 +3,31 @@
 
 namespace kogc {
 
-template <class P, class Copy, class Decode>
-KOGC_DEVICE void generate(const KernelArgs& args, Copy copy_step, Decode decode_step) {
+// The weights of a generation, in the order in which the decoder asks for them.
+template <class P> KOGC_DEVICE void produce(const KernelArgs& args, int steps) {
+  const u8* slab = args.slabs + block() * P::SLAB_BYTES;
+  Producer<P> producer(args, slab + P::SLAB_BYTES);
+  bool wanted = true;
+  for (int step = 0; wanted && step < steps; step++) {
+    const u8* from = slab;
+    producer.rewind(slab);
+    for (int i = 0; wanted && i < Generation<P>::phases(args, step); i++) wanted = producer.copy(from, phase_at<P>(i), step);
+  }
+  producer.drain();
+}
+
+template <class P> KOGC_DEVICE void generate(const KernelArgs& args) {
   Ring<P>::init();
   const int steps = Generation<P>::steps(args);
   if (warp() == PRODUCER) {
-    if (lane() != 0) return;
-    const u8* slab = args.slabs + block() * P::SLAB_BYTES;
-    Producer<P> producer(args, slab + P::SLAB_BYTES);
-    for (int step = 0; step < steps; step++) {
-      producer.rewind(slab);
-      if (!copy_step(producer, args, slab, step)) break;
-    }
-    producer.drain();
+    if (lane() == 0) produce<P>(args, steps);
     return;
   }
   Stream<P> stream;
-  Decoder<P, Stream<P>> decoder(args, stream);
+  Decoder<P> decoder(args, stream);
+#pragma unroll 1
   for (int step = 0; step < steps; step++)
-    if (!decode_step(decoder, args, step)) break;
+    if (!decoder.step(step)) break;
   sync();
   if (thread() == 0) *Ring<P>::finished() = 1;
 }

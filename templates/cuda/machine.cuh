@@ -7,6 +7,7 @@
 #include "common/args.h"
 
 #define KOGC_DEVICE __device__ __forceinline__
+#define KOGC_COLD static __device__ __noinline__
 #define KOGC_KERNEL extern "C" __global__
 #define KOGC_UNROLL _Pragma("unroll")
 #define KOGC_BOUNDS(threads) __launch_bounds__(threads, 1)

@@ -44,11 +44,12 @@ template <class P> class Producer {
   // A step begins: the slab from its start.
   KOGC_DEVICE void rewind(const u8* slab) { ahead_ = slab; }
 
-  // Copies this block's part of phase M and moves `from` past it, with at most `cap` stages in flight.
-  // False: the consumers have finished the generation.
-  template <class M> KOGC_DEVICE bool copy_phase(const u8*& from, int cap, int step) {
+  // Copies this block's part of a phase and moves `from` past it. False: the consumers have finished the generation.
+  KOGC_DEVICE bool copy(const u8*& from, int phase, int step) {
     where_.step = step;
-    const u8* end = from + (u32)Share<P, M>().units * Share<P, M>::UNIT_BYTES;
+    const Work work = work_of<P>(phase);
+    const int cap = phase == HEAD ? P::IN_FLIGHT_HEAD : P::IN_FLIGHT;  // stages
+    const u8* end = from + (u32)work.units * (work.unit * work.columns * 2);
     while (from < end) {
       const int bytes = end - from < P::STAGE_BYTES ? (int)(end - from) : P::STAGE_BYTES;
       if (!wait_empty(from)) return false;

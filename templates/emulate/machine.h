@@ -1,6 +1,7 @@
 // What the common code asks of the hardware, on any machine with a C++ compiler: a stand-in for cuda/machine.cuh, so that
 // the source of a CUDA kernel also runs without a GPU (slowly, and in more orders than a GPU would ever show).
 #pragma once
+#define KOGC_COLD static __attribute__((noinline))
 #define KOGC_DEVICE inline
 #define KOGC_KERNEL extern "C"
 #define KOGC_UNROLL
