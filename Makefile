@@ -15,7 +15,7 @@ PROMPT ?= def write_file(path, data):
 demo: $(VENV)/.installed
 	$(BIN)/kogc build examples/demo/checkpoint --gpu auto -o build/demo
 	@printf '\n%s' '$(PROMPT)'
-	@$(BIN)/kogc run build/demo -p '$(PROMPT)' -n 128
+	@$(BIN)/kogc run build/demo -p '$(PROMPT)' -n 137
 
 test: $(VENV)/.test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -q -m 'not gpu'
