@@ -108,7 +108,7 @@ def candidates_for(profile: GpuProfile, start: Setting) -> dict[str, tuple[int, 
     """What is searched on a GPU: the knobs, and numbers of blocks near the number of its SMs."""
     if profile.target == "cpu":
         return {name: CANDIDATES[name] for name in CPU_KNOBS}
-    near = {start.blocks, profile.blocks, profile.sms, profile.sms - profile.sms % 8, profile.sms // 2}
+    near = {start.blocks, profile.blocks, *(profile.sms - fewer for fewer in (0, 2, 4, 8, 12))}
     if start.blocks < profile.blocks:  # a model too small for all SMs
         near = {start.blocks, start.blocks // 2}
     return {**CANDIDATES, "blocks": tuple(sorted(b for b in near if b > 0))}
@@ -151,15 +151,22 @@ class Bench:
         self.close()
 
     def ahead(self, settings: Sequence[Setting]) -> None:
-        """Compile in the background what may be timed next."""
-        for setting in settings:
+        """Compile in the background what may be timed next, and nothing else that has not begun."""
+        for setting, waiting in list(self._builds.items()):
+            if setting not in settings and waiting.cancel():
+                del self._builds[setting]
+        self._compile(settings)
+
+    def _compile(self, settings: Sequence[Setting]) -> None:
+        plain = [Setting(blocks, self.start) for blocks in {s.blocks for s in settings} - set(self._runtimes)]
+        for setting in [*settings, *plain]:
             if setting not in self._builds:
                 model, gpu, context = self.model, self.gpu, self.max_context
                 self._builds[setting] = self._pool.submit(compile_variant, model, gpu, context, setting)
 
     def measure(self, settings: Sequence[Setting], repeats: int = REPEATS) -> list[Rate]:
         """Tokens per second of each setting, the median of runs in turns; None for one that is refused."""
-        self.ahead(settings)
+        self._compile(settings)
         for setting in settings:
             self._admit(setting)
         good = [s for s in dict.fromkeys(settings) if s not in self.refused]
@@ -206,6 +213,8 @@ class Bench:
         """Weights laid out for a number of blocks, and their kernel with the knobs of the start."""
         if blocks not in self._runtimes:
             artifact = self.scratch / f"blocks-{blocks}"
+            self._compile([plain := Setting(blocks, self.start)])
+            self._builds[plain].result()  # from here on in the build cache
             build(self.model, self.gpu, artifact, BuildOptions(self.max_context, blocks, True, knobs=self.start))
             runtime = self._runtimes[blocks] = load(artifact, self.device).runtime
             self._plain[blocks] = self._logits(runtime)

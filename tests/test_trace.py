@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import gzip
 import json
 from collections.abc import Iterator, Sequence
@@ -13,13 +14,16 @@ import pytest
 import random_checkpoint
 from builds import kogc_cli
 from numpy.typing import NDArray
+from test_session import install, make_program
+from toy_kernel import ToyKernel, ToyLibrary, view
 
 import kogc
 from kogc import steady, trace
 from kogc.bench import run_bench
 from kogc.build import BuildOptions, build
 from kogc.errors import KogcError
-from kogc.runtime import Request
+from kogc.runtime import Request, open_runtime
+from kogc.runtime.args import KernelArgs
 from kogc.session import Session
 from kogc.targets.detect import detect_cpu_profile
 
@@ -233,3 +237,34 @@ def test_command_refuses_unknown_knobs() -> None:
     result = kogc_cli("bench", "qwen3-0.6b", "--dummy-weights", "--knob", "depth=3")
     assert result.exit_code == 2
     assert "depth=3" in result.output
+
+
+class TracingKernel(ToyKernel):
+    """A toy that leaves the events of `steps` in each block's part of the buffer, which it must find zeroed."""
+
+    def run(self, args: KernelArgs) -> int:
+        if args.trace:
+            room = 1 + trace.TOKENS * trace.EVENT_ROOM * 3
+            raw = view(ctypes.c_uint64, 2 * room, args.trace).reshape(2, room)
+            assert not raw.any()
+            raw[:] = buffer([steps(0, args.max_new), steps(99, args.max_new)], room - 1)
+        return super().run(args)
+
+
+@pytest.mark.parametrize("target", ["cuda", "cpu"])
+def test_a_kernel_is_exchanged_and_its_trace_read(target: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a toy machine: buffers, arguments and the way back."""
+    machine = install(target, monkeypatch)
+    kernel = TracingKernel(machine.kernel.vocab)
+    machine.driver.kernel = kernel
+    monkeypatch.setattr("kogc.runtime.cpu._open_library", lambda path: ToyLibrary(kernel))
+    monkeypatch.setattr(machine.driver, "cuEventElapsedTime", lambda *_: (0, float(len(kernel.launches))))
+    with open_runtime(make_program(target, tmp_path)) as runtime:
+        plain = runtime.kernel
+        found = trace.record(runtime, b"binary", trace.trace_plan(runtime.plan), 3)
+        assert runtime.kernel is plain
+        assert len(runtime.run(Request((1,), max_new=4)).tokens) == 4
+        assert len(runtime.arrivals(Request((1,), max_new=4))) == 4
+    assert [launch.start for launch in kernel.launches[:7]] == [3] * 7
+    assert found.events.where(found.events.token > 0).cycles.tolist() == [100] * (2 * 7 * len(TOKEN))
+    assert not machine.driver.live
