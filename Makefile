@@ -7,7 +7,7 @@ MODEL ?= llama-3.2-1b
 GPU ?= auto
 OUT ?= build/$(notdir $(MODEL))-$(GPU)
 # A bare spec has no weights of its own.
-WEIGHTS := $(if $(wildcard $(MODEL)/config.json)$(findstring /,$(MODEL)),,--dummy-weights)
+WEIGHTS := $(if $(filter %.yaml %.yml,$(MODEL)),--dummy-weights,$(if $(wildcard $(MODEL)/config.json)$(findstring /,$(MODEL)),,--dummy-weights))
 PROMPT ?= def write_file(path, data):
 
 .PHONY: demo test build bench lint golden clean
