@@ -124,6 +124,16 @@ KOGC_DEVICE void prepare(const KernelArgs& args, AttentionCore<P>& core, int kv_
   }
 }
 
+// Asks for the keys and values of a layer well before they are loaded: the first chunks of this block.
+template <class P> KOGC_DEVICE void prefetch_cache(const KernelArgs& args, int position, int layer) {
+  constexpr int UNITS = P::KV_HEADS * P::HEAD_TILES, CHUNKS_AHEAD = 2;
+  const Span<P> span(position, P::window(layer));
+  const int unit = block() / P::SPLITS, first = span.first_chunk(block() % P::SPLITS);
+  if (thread() >= CHUNKS_AHEAD || unit >= UNITS) return;
+  const int chunk = first + thread() * P::SPLITS;
+  if (chunk < span.end()) bulk_prefetch(chunk_address<P>(args.kv, layer, unit / P::HEAD_TILES, chunk), 4 * CHUNK * P::HEAD_DIM);
+}
+
 // This block's part of attention: every split of a unit puts a partial output, an empty one where it has no chunk, so that
 // the parity of every word changes with every layer.
 template <class P>
@@ -201,9 +211,8 @@ KOGC_DEVICE void gather_partials(const KernelArgs& args, const Span<P>& span, u1
         o[2] += weight * as_float(out.z);
         o[3] += weight * as_float(out.w);
       }
-      const float inverse = 1.0f / sum;
-      ((Quad16*)x)[v0 + j * THREADS] = {from_float<P::FP16>(o[0] * inverse), from_float<P::FP16>(o[1] * inverse),
-                                        from_float<P::FP16>(o[2] * inverse), from_float<P::FP16>(o[3] * inverse)};
+      const float inverse = reciprocal(sum);
+      store_activation(x, v0 + j * THREADS, pack<P::FP16>(o[0] * inverse, o[1] * inverse, o[2] * inverse, o[3] * inverse));
     }
   }
 }
@@ -251,7 +260,7 @@ KOGC_DEVICE void combine(const KernelArgs& args, const Span<P>& span, u32 parity
         KOGC_UNROLL for (int e = 0; e < 4; e++) o[e] += p.o[e] * weight;
       }
       float* to = (float*)(args.exchange + P::X_ATTENTION) + head * P::HEAD_DIM + 4 * vector;
-      KOGC_UNROLL for (int e = 0; e < 4; e++) put(to + e, o[e] / sum, out_parity);
+      KOGC_UNROLL for (int e = 0; e < 4; e++) put(to + e, o[e] * reciprocal(sum), out_parity);
     }
     sync();
   }

@@ -52,10 +52,12 @@ template <class P> class Decoder {
       mark(HIDDEN_GATHER);
     } else {
       const bool first = phase_ == QKV && where_.layer == 0, after_attention = phase_ == GATE_UP;
-      Quad16 gamma[Residual<P>::OWN];
-      Residual<P>::load_gamma(gamma, args_.norms + (u64)(2 * where_.layer + after_attention) * P::HIDDEN);  // on its way
+      if (first) Residual<P>::load_gamma(gamma_, args_.norms);
+      if (phase_ == QKV) prefetch_cache<P>(args_, position(), where_.layer);
       if (!first) Residual<P>::add(slot(after_attention ? P::X_O : P::X_DOWN), parity_, where_, after_attention ? WAIT_O : WAIT_DOWN);
-      Residual<P>::normalise(gamma, activation<P>(), P::HIDDEN_PADDED);
+      Residual<P>::normalise(gamma_, activation<P>(), P::HIDDEN_PADDED);
+      const int next = 2 * where_.layer + after_attention + 1;  // the next norm's weights have a phase's time to arrive
+      if (phase_ != HEAD) Residual<P>::load_gamma(gamma_, args_.norms + (u64)next * P::HIDDEN);
       mark(first ? EMBED : after_attention ? O_GATHER : DOWN_GATHER);
     }
   }
@@ -65,7 +67,7 @@ template <class P> class Decoder {
     attend<P>(args_, position(), parity_, where_);
     if (span.active() <= P::GATHER_SPLITS) {
       gather_partials<P>(args_, span, activation<P>(), parity_, where_);
-      for (int i = P::Q_ROWS + thread(); i < P::O::COLUMNS_PADDED; i += THREADS) activation<P>()[i] = 0;
+      clear_activation(activation<P>(), P::Q_ROWS, P::O::COLUMNS_PADDED);
       sync();
     } else {
       combined_parity_ ^= 1;
@@ -82,8 +84,8 @@ template <class P> class Decoder {
     float* to = slot(phase_ == QKV ? P::X_QKV : phase_ == O ? P::X_O : phase_ == GATE_UP ? P::X_HIDDEN : P::X_DOWN);
     const u16* bias = args_.qkv_bias + (u64)where_.layer * P::Qkv::ROWS;
     const int mine = work.first + 2 * thread();
-    float early[2] = {};  // the bias of this thread's first rows, on its way before it is needed
-    if (P::QKV_BIAS && phase_ == QKV && mine < work.rows) KOGC_UNROLL for (int e = 0; e < 2; e++) early[e] = to_float<P::FP16>(bias[mine + e]);
+    u32 early = 0;  // the bias of this thread's first two rows, on its way before it is needed
+    if (P::QKV_BIAS && phase_ == QKV && mine < work.rows) early = *(const u32*)(bias + mine);
     float scale = 1;
     const auto prepare = [&] {
       mark(products_mark());
@@ -95,14 +97,15 @@ template <class P> class Decoder {
       y *= scale;
       z *= scale;
       if (phase_ == GATE_UP) {  // rows alternate: gate 0, up 0, gate 1, up 1, ...
-        put(to + row / 2, y / (1.0f + exp2_fast(-LOG2E * y)) * z, parity_);
+        put(to + row / 2, y * reciprocal(1.0f + exp2_fast(-LOG2E * y)) * z, parity_);
       } else if (phase_ == HEAD) {
         consider(row, y);
         if (row + 1 < work.rows) consider(row + 1, z);
       } else {
         if (P::QKV_BIAS && phase_ == QKV) {
-          y += row == mine ? early[0] : to_float<P::FP16>(bias[row]);
-          z += row == mine ? early[1] : to_float<P::FP16>(bias[row + 1]);
+          const u32 both = row == mine ? opaque(early) : *(const u32*)(bias + row);
+          y += to_float<P::FP16>((u16)both);
+          z += to_float<P::FP16>((u16)(both >> 16));
         }
         put(to + row, y, parity_);
         put(to + row + 1, z, parity_);
@@ -177,6 +180,7 @@ template <class P> class Decoder {
   i32 token_ = 0, stop_ = 0;
   u32 parity_ = 0, combined_parity_ = 0;
   u64 best_ = 0;
+  Quad gamma_[Residual<P>::OWN];  // of the next norm
 };
 
 }  // namespace kogc

@@ -7,11 +7,17 @@ constexpr float LOG2E = 1.4426950408889634f;
 constexpr float LOWEST = -1e30f;  // below every attention score, and harmless in exp2
 constexpr int CHUNK = 128;        // positions of the KV cache that a block takes at a time
 
-struct alignas(8) Quad16 { u16 a, b, c, d; };
-
 template <bool FP16> KOGC_DEVICE float to_float(u16 v) { return FP16 ? half_to_float(v) : bf16_to_float(v); }
 template <bool FP16> KOGC_DEVICE u16 from_float(float v) { return FP16 ? float_to_half(v) : float_to_bf16(v); }
 KOGC_DEVICE u32 pack16(u16 low, u16 high) { return (u32)low | (u32)high << 16; }
+
+// Four 16-bit floats, kept packed: a value that is unpacked where it is loaded is waited for there.
+struct alignas(8) Quad { u32 low, high; };
+
+template <bool FP16> KOGC_DEVICE Quad pack(float a, float b, float c, float d) {
+  return {pack16(from_float<FP16>(a), from_float<FP16>(b)), pack16(from_float<FP16>(c), from_float<FP16>(d))};
+}
+template <bool FP16> KOGC_DEVICE float element(const Quad& q, int i) { return to_float<FP16>((u16)((i < 2 ? q.low : q.high) >> i % 2 * 16)); }
 
 // Order-preserving map of a float to an unsigned integer.
 KOGC_DEVICE u32 ordered(float v) {

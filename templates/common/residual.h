@@ -6,6 +6,11 @@ namespace kogc {
 
 template <class P> KOGC_DEVICE float* warp_sums() { return (float*)(shared() + P::REDUCE_OFFSET); }
 
+// Zeros from column `from` to `to`, where the weights are padded.
+KOGC_DEVICE void clear_activation(u16* x, int from, int to) {
+  for (int i = from / 4 + thread(); i < to / 4; i += THREADS) store_activation(x, i, Quad{0, 0});
+}
+
 template <class P> struct Residual {
   static constexpr int VECTORS = P::HIDDEN / 4;
   static constexpr int OWN = (VECTORS + THREADS - 1) / THREADS;  // vectors of one thread
@@ -20,8 +25,8 @@ template <class P> struct Residual {
   static KOGC_DEVICE void load_embedding(const u16* row) {
     KOGC_UNROLL for (int i = 0; i < OWN; i++) {
       if (!owns(i)) continue;
-      const Quad16 q = ((const Quad16*)row)[vector(i)];
-      own(i) = {to_float<P::FP16>(q.a), to_float<P::FP16>(q.b), to_float<P::FP16>(q.c), to_float<P::FP16>(q.d)};
+      const Quad q = ((const Quad*)row)[vector(i)];
+      own(i) = {element<P::FP16>(q, 0), element<P::FP16>(q, 1), element<P::FP16>(q, 2), element<P::FP16>(q, 3)};
     }
   }
 
@@ -42,7 +47,7 @@ template <class P> struct Residual {
 
   // x = residual * gamma, rounded to the weights' type. The root mean square is one number: its inverse multiplies the
   // results of the mat-vec (`scale`), so the reduction does not stand before it. FP16 could overflow: it is scaled first.
-  static KOGC_DEVICE void normalise(const Quad16 (&gamma)[OWN], u16* x, int padded) {
+  static KOGC_DEVICE void normalise(const Quad (&gamma)[OWN], u16* x, int padded) {
     float squares = 0;
     KOGC_UNROLL for (int i = 0; i < OWN; i++) {
       if (!owns(i)) continue;
@@ -58,12 +63,11 @@ template <class P> struct Residual {
     KOGC_UNROLL for (int i = 0; i < OWN; i++) {
       if (!owns(i)) continue;
       const Vector r = own(i);
-      ((Quad16*)x)[vector(i)] = {from_float<P::FP16>(r.a * early * to_float<P::FP16>(gamma[i].a)),
-                                 from_float<P::FP16>(r.b * early * to_float<P::FP16>(gamma[i].b)),
-                                 from_float<P::FP16>(r.c * early * to_float<P::FP16>(gamma[i].c)),
-                                 from_float<P::FP16>(r.d * early * to_float<P::FP16>(gamma[i].d))};
+      const Quad g = {opaque(gamma[i].low), opaque(gamma[i].high)};
+      store_activation(x, vector(i), pack<P::FP16>(r.a * early * element<P::FP16>(g, 0), r.b * early * element<P::FP16>(g, 1),
+                                                   r.c * early * element<P::FP16>(g, 2), r.d * early * element<P::FP16>(g, 3)));
     }
-    for (int i = P::HIDDEN + thread(); i < padded; i += THREADS) x[i] = 0;
+    clear_activation(x, P::HIDDEN, padded);
     sync();
     if constexpr (!P::FP16) reduce(squares);  // the sums are read after the barrier that ends the mat-vec
   }
@@ -71,8 +75,8 @@ template <class P> struct Residual {
   // What multiplies the results of a mat-vec over a normalised x.
   static KOGC_DEVICE float scale() { return P::FP16 ? 1.0f : inverse_rms(); }
 
-  static KOGC_DEVICE void load_gamma(Quad16 (&gamma)[OWN], const u16* row) {
-    KOGC_UNROLL for (int i = 0; i < OWN; i++) gamma[i] = owns(i) ? ((const Quad16*)row)[vector(i)] : Quad16{};
+  static KOGC_DEVICE void load_gamma(Quad (&gamma)[OWN], const u16* row) {
+    KOGC_UNROLL for (int i = 0; i < OWN; i++) gamma[i] = owns(i) ? ((const Quad*)row)[vector(i)] : Quad{};
   }
 
  private:
@@ -98,12 +102,10 @@ KOGC_DEVICE void gather(const float* slot, u16* x, int padded, u32 parity, const
     take_vectors<BATCH>(v, first_bits(count), parity, where, site, [&](int i) { return slot + 4 * (v0 + i * THREADS); });
     KOGC_UNROLL for (int i = 0; i < BATCH; i++) {
       if (i >= count) continue;
-      Quad16 q = {from_float<P::FP16>(as_float(v[i].x)), from_float<P::FP16>(as_float(v[i].y)),
-                  from_float<P::FP16>(as_float(v[i].z)), from_float<P::FP16>(as_float(v[i].w))};
-      ((Quad16*)x)[v0 + i * THREADS] = q;
+      store_activation(x, v0 + i * THREADS, pack<P::FP16>(as_float(v[i].x), as_float(v[i].y), as_float(v[i].z), as_float(v[i].w)));
     }
   }
-  for (int i = WORDS + thread(); i < padded; i += THREADS) x[i] = 0;
+  clear_activation(x, WORDS, padded);
   sync();
 }
 

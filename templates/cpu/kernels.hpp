@@ -64,7 +64,7 @@ inline __attribute__((noinline)) void generate_block(const KernelArgs& args) {
 }
 
 template <class P> inline void enter_block(const Task& task) {
-  alignas(128) char memory[P::SHARED_BYTES];
+  alignas(128) char memory[P::SHARED_BYTES] = {};
   jmp_buf way_out;
   self = {task.index, task.team->count, memory, &task.team->ended, &way_out, 0, nullptr, nullptr};
   if (setjmp(way_out) == 0) generate_block<P>(*(const KernelArgs*)task.team->context);

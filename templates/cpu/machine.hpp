@@ -36,6 +36,7 @@ struct Self {
 };
 static __thread Self self;
 
+template <class T> KOGC_DEVICE T opaque(T v) { return v; }
 KOGC_DEVICE int thread() { return 0; }
 KOGC_DEVICE int lane() { return 0; }
 KOGC_DEVICE int warp() { return 0; }
@@ -97,6 +98,7 @@ KOGC_DEVICE float exp2_fast(float v) {
   const float r = p * as_float((as_word(shifted) + 127) << 23);
   return v < -126.0f ? 0.0f : r;
 }
+KOGC_DEVICE float reciprocal(float v) { return 1.0f / v; }
 KOGC_DEVICE float reciprocal_sqrt(float v) { return 1.0f / __builtin_sqrtf(v); }
 
 // --- vectors ---------------------------------------------------------------------------------------------------------
@@ -160,6 +162,7 @@ KOGC_DEVICE void prefetch(const void* p) { _mm_prefetch((const char*)p, _MM_HINT
 constexpr int AHEAD = 4096;  // bytes from what is read to what is fetched
 
 // --- time, and the end of patience -----------------------------------------------------------------------------------
+KOGC_DEVICE void bulk_prefetch(const void*, int) {}  // the hardware's own prefetch does
 KOGC_DEVICE long long clock_cycles() { return (long long)__builtin_ia32_rdtsc(); }
 // The waiting thread's own time: a stopped process or a busy machine is not a stall.
 KOGC_DEVICE u64 nanoseconds() {

@@ -6,6 +6,9 @@ namespace kogc {
 
 template <class P> KOGC_DEVICE u16* activation() { return (u16*)(shared() + P::ACTIVATION_OFFSET); }
 
+// Four columns of the activation, from column 4 * `vector` on.
+KOGC_DEVICE void store_activation(u16* x, int vector, Quad q) { ((Quad*)x)[vector] = q; }
+
 // 32 columns of the activation, in the form in which weights meet them.
 #if defined(__AVX512BF16__)
 constexpr bool BF16_PRODUCTS = true;

@@ -20,14 +20,14 @@ constexpr int PRODUCER = WARPS;  // the warp that issues the copies
 
 // Hides that a value is the same in every layer, so that what follows from it is computed where it is used: hoisted out of
 // the layer loop, the addresses of all phases together would not fit the registers.
-KOGC_DEVICE int opaque(int v) {
+template <class T> KOGC_DEVICE T opaque(T v) {
   asm volatile("" : "+r"(v));
   return v;
 }
-KOGC_DEVICE int thread() { return opaque(threadIdx.x); }
-KOGC_DEVICE int lane() { return opaque(threadIdx.x) & 31; }
-KOGC_DEVICE int warp() { return opaque(threadIdx.x) >> 5; }
-KOGC_DEVICE int block() { return opaque(blockIdx.x); }
+KOGC_DEVICE int thread() { return (int)opaque(threadIdx.x); }
+KOGC_DEVICE int lane() { return (int)opaque(threadIdx.x) & 31; }
+KOGC_DEVICE int warp() { return (int)opaque(threadIdx.x) >> 5; }
+KOGC_DEVICE int block() { return (int)opaque(blockIdx.x); }
 KOGC_DEVICE int block_count() { return gridDim.x; }
 KOGC_DEVICE int block_threads() { return blockDim.x; }
 KOGC_DEVICE char* shared() {
@@ -85,6 +85,11 @@ KOGC_DEVICE u16 float_to_half(float v) { return __half_as_ushort(__float2half_rn
 KOGC_DEVICE float exp2_fast(float v) {
   float r;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(v));
+  return r;
+}
+KOGC_DEVICE float reciprocal(float v) {
+  float r;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(v));
   return r;
 }
 KOGC_DEVICE float reciprocal_sqrt(float v) { return rsqrtf(v); }

@@ -1,10 +1,11 @@
 // Tensor-core mat-vec over the ring. All warps share every stage; a warp takes every eighth group of fragments, so its
 // partial sums of a unit meet the other warps' in shared memory once a unit.
 //
-// mma.m16n8k16 with weight rows as B (n = 8 columns of B) and the activation as a row of A. One 16-byte load per lane
-// brings row lane / 4, columns (lane % 4) * 8 .. + 7: the k order within a fragment is free as long as A uses the same.
-// In units of 4 rows a fragment's lower four B columns hold the rows for one 32-column block and the upper four the
-// same rows for the next; A's rows 0 and 1 hold the two blocks of the activation.
+// mma.m16n8k16 with weights as A and the activation as columns of B. One 16-byte load per lane brings row lane / 4, columns
+// (lane % 4) * 8 .. + 7 of a fragment, and its four registers are a lane's A operand as they are: columns 0, 1, 4, 5 of the
+// eight in A's row lane / 4, columns 2, 3, 6, 7 in A's row lane / 4 + 8. B's column 0 holds the activation for the first
+// kind, column 1 for the second, so a row's product is C[row][0] + C[row + 8][1]. In units of 4 rows a fragment's upper
+// four rows are the same rows for the next 32 columns, and B's columns 2 and 3 hold the activation for those.
 //
 // One instance serves all phases: a step runs its code front to back, so code that is not shared is fetched anew.
 #pragma once
@@ -14,32 +15,48 @@ namespace kogc {
 template <class P> KOGC_DEVICE float* partial_sums() { return (float*)(shared() + P::PARTIAL_OFFSET); }
 template <class P> KOGC_DEVICE u16* activation() { return (u16*)(shared() + P::ACTIVATION_OFFSET); }
 
+// Four columns of the activation, from column 4 * `vector` on. Of eight columns, 0, 1, 4, 5 lie before 2, 3, 6, 7.
+KOGC_DEVICE void store_activation(u16* x, int vector, Quad q) {
+  u32* to = (u32*)x + vector / 2 * 4 + vector % 2;
+  to[0] = q.low;
+  to[2] = q.high;
+}
+
 template <class P> class MatVec {
  public:
   static constexpr int GROUP = P::GROUP_FRAGMENTS;
   static constexpr int STAGE_GROUPS = P::STAGE_BYTES / (512 * GROUP * WARPS);  // groups of one warp in a stage
 
   KOGC_DEVICE MatVec(Stream<P>& cursor, const Work& work, const Where& where)
-      : cursor_(cursor), where_(where), unit_(work.unit), groups_(work.columns * work.unit / (256 * GROUP)) {}
+      : cursor_(cursor), where_(where), unit_(work.unit), groups_(work.columns * work.unit / (256 * GROUP)) {
+    const int column = lane() >> 2;  // of B
+    weights_ = shared() + P::RING_OFFSET + (warp() * GROUP * 32 + lane()) * 16;
+    x_ = (const char*)activation<P>() + column / 2 * 64 + (lane() & 3) * 16 + column % 2 * 8;
+    holds_x_ = column < 16 / work.unit;
+    holds_sum_ = (lane() & 3) == (unit_ == 8 ? 0 : column / 4);
+  }
 
   // Products of this warp's groups of `units` more units; their partial sums go to shared memory. The weights of a group
   // are on their way from shared memory while the group before is multiplied.
   KOGC_DEVICE void multiply(int units) {
-    const int count = (units * groups_ - position_ + WARPS - 1) / WARPS;
-    if (count <= 0) return;
-    float c[2][4] = {};
+    int left = (units * groups_ - position_ + WARPS - 1) / WARPS;
+    if (left <= 0) return;
+    float c[CHAINS][4] = {};
     float* sums = partial_sums<P>() + warp() * 8;
     int at = position_;
-    Fragments now;
-    load(now);
+    Fragments even = {}, odd = {};
+    load(even);
 #pragma unroll 1
-    for (int i = 1; i < count; i++) {
-      Fragments next;
-      load(next);
-      multiply(c, now, sums, at);
-      now = next;
+    while (left > 2) {
+      load(odd);
+      multiply(c, even, sums, at);
+      load(even);
+      multiply(c, odd, sums, at);
+      left -= 2;
     }
-    multiply(c, now, sums, at);
+    if (left == 2) load(odd);
+    multiply(c, even, sums, at);
+    if (left == 2) multiply(c, odd, sums, at);
   }
 
   // The last stage of a phase may hold fewer groups than warps times groups: give it back all the same.
@@ -68,18 +85,20 @@ template <class P> class MatVec {
   }
 
  private:
-  struct Fragments { Words weights[GROUP], x[GROUP]; };
+  static constexpr int CHAINS = 2;  // of dependent products
+  struct Fragments {
+    Words weights[GROUP];
+    Quad x[GROUP];
+  };
 
   KOGC_DEVICE void load(Fragments& f) {
     if (taken_ == 0) wait_full();
-    const int columns = 256 / unit_;  // of a fragment
-    const char* w = Ring<P>::stage(cursor_.slot) + ((taken_ * WARPS + warp()) * GROUP * 32 + lane()) * 16;
-    const u16* x = activation<P>() + position_ * GROUP * columns + (lane() & 3) * 8 + (lane() >> 2) * 32;
-    const bool has_row = lane() < columns / 8;
+    const int fragment = 512 / unit_;  // bytes of the activation that a fragment meets
+    const char* w = weights_ + cursor_.slot * P::STAGE_BYTES + taken_ * (WARPS * GROUP * 512);
+    const char* x = x_ + position_ * GROUP * fragment;
     KOGC_UNROLL for (int i = 0; i < GROUP; i++) {
       f.weights[i] = *(const Words*)(w + i * 512);
-      f.x[i] = {0, 0, 0, 0};
-      if (has_row) f.x[i] = *(const Words*)(x + i * columns);
+      if (holds_x_) f.x[i] = *(const Quad*)(x + i * fragment);
     }
     position_ += WARPS;
     if (position_ >= groups_) position_ -= groups_;
@@ -90,22 +109,18 @@ template <class P> class MatVec {
   }
 
   // Multiplies a group, gives its stage back when it was this warp's last there, and stores the sums at a unit's end.
-  KOGC_DEVICE void multiply(float (&c)[2][4], const Fragments& f, float*& sums, int& position) {
+  KOGC_DEVICE void multiply(float (&c)[CHAINS][4], const Fragments& f, float*& sums, int& position) {
     KOGC_UNROLL for (int i = 0; i < GROUP; i++) {
-      mma<P::FP16>(c[0], f.x[i].x, 0, f.x[i].y, 0, f.weights[i].x, f.weights[i].y);
-      mma<P::FP16>(c[1], f.x[i].z, 0, f.x[i].w, 0, f.weights[i].z, f.weights[i].w);
+      const Words& w = f.weights[i];
+      mma<P::FP16>(c[i % CHAINS], w.x, w.y, w.z, w.w, f.x[i].low, f.x[i].high);
     }
     release(STAGE_GROUPS);
     position += WARPS;
     if (position < groups_) return;
     position -= groups_;
-    const int column = lane() & 3, row = lane() >> 2;  // rows of A: one for units of 8, two for units of 4
-    if (unit_ == 8 ? lane() < 4 : lane() < 8 && column / 2 == row) {
-      sums[column * 2] = c[0][0] + c[1][0];
-      sums[column * 2 + 1] = c[0][1] + c[1][1];
-    }
+    if (holds_sum_) sums[lane() >> 2] = (c[0][0] + c[0][3]) + (c[1][0] + c[1][3]);
     sums += WARPS * 8;
-    KOGC_UNROLL for (int j = 0; j < 4; j++) c[0][j] = c[1][j] = 0;
+    KOGC_UNROLL for (int i = 0; i < CHAINS; i++) KOGC_UNROLL for (int j = 0; j < 4; j++) c[i][j] = 0;
   }
 
   KOGC_DEVICE void wait_full() {
@@ -129,6 +144,8 @@ template <class P> class MatVec {
   int free_ = cursor_.slot;    // slot of the oldest stage not given back
   int taken_ = 0, freed_ = 0;  // this warp's groups of the stage at hand that are loaded, and multiplied
   int position_ = warp();      // group within the unit, of the next to load
+  const char *weights_, *x_;   // this lane's place in the first stage, and in the activation
+  bool holds_x_, holds_sum_;   // whether this lane's B and C hold something
 };
 
 // y = W x for this block's rows. `prepare()` runs once on every thread, between the products and the first result;

@@ -20,6 +20,7 @@ constexpr int PRODUCER = WARPS;  // the warp that issues the copies
 
 using emulated::machine;
 
+template <class T> KOGC_DEVICE T opaque(T v) { return v; }
 KOGC_DEVICE int thread() { return machine->current->thread; }
 KOGC_DEVICE int lane() { return thread() & 31; }
 KOGC_DEVICE int warp() { return thread() >> 5; }
@@ -44,7 +45,6 @@ template <class T> KOGC_DEVICE T shuffle_xor(T v, int mask) {
   return v;
 }
 template <class T> KOGC_DEVICE T* opaque(T* p) { return p; }
-KOGC_DEVICE int opaque(int v) { return v; }
 
 // --- words that carry their own readiness: relaxed, device scope -----------------------------------------------------
 struct alignas(16) Words { u32 x, y, z, w; };

@@ -35,6 +35,7 @@ KOGC_DEVICE u16 float_to_half(float v) {
   return (u16)(sign | (rest - 0x38000000 + 0xfff + (rest >> 13 & 1)) >> 13);
 }
 KOGC_DEVICE float exp2_fast(float v) { return exp2f(v); }
+KOGC_DEVICE float reciprocal(float v) { return 1.0f / v; }
 KOGC_DEVICE float reciprocal_sqrt(float v) { return 1.0f / sqrtf(v); }
 
 }  // namespace kogc
