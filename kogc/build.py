@@ -155,13 +155,12 @@ def _checked_plan(spec: ModelSpec, profile: GpuProfile, options: Options) -> Pla
     try:
         check(plan)
     except KogcError as error:
-        if options.blocks is not None:
-            hint = f" (any number up to {most} will do)" if most < plan.blocks else ""
-            raise UsageError(f"--blocks {options.blocks}: {error}{hint}") from None
         if plan.blocks <= most:
             raise
         few = make_plan(spec, profile, replace(options, blocks=most))
         check(few)
+        if options.blocks is not None:
+            raise UsageError(f"--blocks {options.blocks}: {error} (any number up to {most} will do)") from None
         note = f"{most} blocks, not the {plan.blocks} of {profile.name}: more would have nothing to do in some phase"
         return replace(few, notes=(*few.notes, note))
     return plan
