@@ -37,6 +37,7 @@ CANDIDATES: dict[str, tuple[int, ...]] = {
     "pace": (300, 500, 700, 900, 1200, 1800),
     "stage_bytes": (8192, 16384, 32768),
     "in_flight_head": (3, 4, 5, 6, 8, 10),
+    "in_flight_exchange": (1, 2, 3, 4),
     "gather_splits": (1, 2, 4, 8),
 }
 CPU_KNOBS = ("gather_splits",)  # the others mean nothing there

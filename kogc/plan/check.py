@@ -125,7 +125,11 @@ def _check_ring(plan: Plan) -> None:
     _require(knobs.stage_bytes <= MAX_COPY, f"stage_bytes {knobs.stage_bytes}: a barrier counts at most {MAX_COPY}")
     fit = f"{max(stages, 0)} of {knobs.stage_bytes} bytes fit shared memory"
     _require(stages >= 2, f"the ring needs at least 2 stages: {fit}")
-    for name, value in (("in_flight", knobs.in_flight), ("in_flight_head", knobs.in_flight_head)):
+    for name, value in (
+        ("in_flight", knobs.in_flight),
+        ("in_flight_head", knobs.in_flight_head),
+        ("in_flight_exchange", knobs.in_flight_exchange),
+    ):
         _require(value >= 1, f"{name} {value} is less than 1")
         _require(value < stages, f"{name} {value} needs {value + 1} stages: {fit}")
 

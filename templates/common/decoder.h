@@ -33,7 +33,9 @@ template <class P> class Decoder {
     for (int i = 0; i < phases; i++) {
       where_.layer = i / LAYER_PHASES;
       phase_ = phase_at<P>(i);
+      exchange_begins<P>();
       input();
+      exchange_ends<P>();
       if (phase_ == QKV) parity_ ^= 1;
       project();
     }
@@ -42,13 +44,16 @@ template <class P> class Decoder {
   }
 
  private:
+  static constexpr bool PAIRS = !P::FP16 && P::FFN % 8 == 0;  // the widest vector crosses as two BF16 values a word
+  static constexpr int HIDDEN_WORDS = PAIRS ? P::FFN / 2 : P::FFN;
+
   // Brings the phase's activation into shared memory, from what the blocks have put.
   KOGC_DEVICE void input() {
     if (phase_ == O) {
       attention();
       mark(ATTENTION_GATHER);
     } else if (phase_ == DOWN) {
-      gather<P, P::FFN>(slot(P::X_HIDDEN), activation<P>(), P::Down::COLUMNS_PADDED, parity_, where_, WAIT_HIDDEN);
+      gather<P, HIDDEN_WORDS, PAIRS>(slot(P::X_HIDDEN), activation<P>(), P::Down::COLUMNS_PADDED, parity_, where_, WAIT_HIDDEN);
       mark(HIDDEN_GATHER);
     } else {
       const bool first = phase_ == QKV && where_.layer == 0, after_attention = phase_ == GATE_UP;
@@ -83,36 +88,42 @@ template <class P> class Decoder {
     if (phase_ == HEAD && block() == 0 && thread() == 0) stop_ = load_host(args_.stop_word);  // arrives while the rows stream
     float* to = slot(phase_ == QKV ? P::X_QKV : phase_ == O ? P::X_O : phase_ == GATE_UP ? P::X_HIDDEN : P::X_DOWN);
     const u16* bias = args_.qkv_bias + (u64)where_.layer * P::Qkv::ROWS;
-    const int mine = work.first + 2 * thread();
-    u32 early = 0;  // the bias of this thread's first two rows, on its way before it is needed
-    if (P::QKV_BIAS && phase_ == QKV && mine < work.rows) early = *(const u32*)(bias + mine);
-    float scale = 1;
+    const int mine = work.first + ROWS_TOGETHER * thread();
+    Quad early = {};  // the bias of this thread's first rows, on its way before it is needed
+    if (P::QKV_BIAS && phase_ == QKV && mine < work.rows) early = *(const Quad*)(bias + mine);
+    float scale = PAIRS && phase_ == DOWN ? PAIR_UNSCALE : 1.0f;
     const auto prepare = [&] {
       mark(products_mark());
       if (normalised) scale = Residual<P>::scale();
     };
-    matvec<P>(stream_, work, where_, prepare, [&](int i, float y, float z) {
+    matvec<P>(stream_, work, where_, prepare, [&](int i, const float (&sums)[ROWS_TOGETHER]) {
       const int row = work.first + i;
       if (row >= work.rows) return;
-      y *= scale;
-      z *= scale;
+      float y[ROWS_TOGETHER];
+      KOGC_UNROLL for (int e = 0; e < ROWS_TOGETHER; e++) y[e] = sums[e] * scale;
       if (phase_ == GATE_UP) {  // rows alternate: gate 0, up 0, gate 1, up 1, ...
-        put(to + row / 2, y * reciprocal(1.0f + exp2_fast(-LOG2E * y)) * z, parity_);
+        const float a = silu(y[0]) * y[1], b = silu(y[2]) * y[3];
+        if constexpr (PAIRS) {
+          put_pair((u32*)to + row / 4, a, b, parity_);
+        } else {
+          put(to + row / 2, a, parity_);
+          if (row + 2 < work.rows) put(to + row / 2 + 1, b, parity_);
+        }
       } else if (phase_ == HEAD) {
-        consider(row, y);
-        if (row + 1 < work.rows) consider(row + 1, z);
+        KOGC_UNROLL for (int e = 0; e < ROWS_TOGETHER; e++) if (row + e < work.rows) consider(row + e, y[e]);
       } else {
         if (P::QKV_BIAS && phase_ == QKV) {
-          const u32 both = row == mine ? opaque(early) : *(const u32*)(bias + row);
-          y += to_float<P::FP16>((u16)both);
-          z += to_float<P::FP16>((u16)(both >> 16));
+          Quad q = row == mine ? early : *(const Quad*)(bias + row);
+          q = {opaque(q.low), opaque(q.high)};
+          KOGC_UNROLL for (int e = 0; e < ROWS_TOGETHER; e++) y[e] += element<P::FP16>(q, e);
         }
-        put(to + row, y, parity_);
-        put(to + row + 1, z, parity_);
+        KOGC_UNROLL for (int e = 0; e < ROWS_TOGETHER; e++) put(to + row + e, y[e], parity_);
       }
     });
     if (phase_ != HEAD) mark(output_mark());
   }
+
+  static KOGC_DEVICE float silu(float v) { return v * reciprocal(1.0f + exp2_fast(-LOG2E * v)); }
 
   // --- greedy choice ---------------------------------------------------------------------------------------------------
   // A choice: the logit in order, then the lowest row, then a stop flag and the count of choices as a tag.

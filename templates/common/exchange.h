@@ -6,10 +6,20 @@
 
 namespace kogc {
 
+// Two BF16 values share a word, where the reader rounds to BF16 anyway: they are scaled by 2^-64, which leaves the highest
+// exponent bit of all that is smaller than 2^65 free for the parity; the mat-vec's result is scaled back.
+constexpr int FLOAT_BIT = 0, PAIR_BIT = 14;  // where a word has its parity
+constexpr float PAIR_SCALE = 5.421010862427522e-20f, PAIR_UNSCALE = 18446744073709551616.0f;
+
 KOGC_DEVICE void put(float* slot, float v, u32 parity) { store_word(slot, (as_word(v) & ~1u) | parity); }
 
-KOGC_DEVICE bool ready(const Words& w, u32 parity) {
-  return ((w.x & w.y & w.z & w.w) & 1u) == parity && ((w.x | w.y | w.z | w.w) & 1u) == parity;
+KOGC_DEVICE void put_pair(u32* slot, float a, float b, u32 parity) {
+  const u32 w = pack16(float_to_bf16(a * PAIR_SCALE), float_to_bf16(b * PAIR_SCALE));
+  store_word(slot, (w & ~(1u << PAIR_BIT)) | parity << PAIR_BIT);
+}
+
+template <int BIT = FLOAT_BIT> KOGC_DEVICE bool ready(const Words& w, u32 parity) {
+  return ((w.x & w.y & w.z & w.w) >> BIT & 1u) == parity && ((w.x | w.y | w.z | w.w) >> BIT & 1u) == parity;
 }
 
 // The same for single words.
@@ -33,17 +43,18 @@ KOGC_DEVICE void take(float (&v)[N], u32 pending, u32 parity, const Where& where
 // Fetch the vectors of four words that `pending` names, `address(i)` each; the others are zero. All loads are issued before
 // the first is checked: one after the other they would cost a round trip each. (A register that is only written under a
 // predicate would stay live through the whole kernel: hence the zeros.)
-template <int N, class Address>
+template <int N, int BIT = FLOAT_BIT, class Address>
 KOGC_DEVICE void take_vectors(Words (&v)[N], u32 pending, u32 parity, const Where& where, Site site, Address address) {
   static_assert(N <= 32);
   KOGC_UNROLL for (int i = 0; i < N; i++) v[i] = {0, 0, 0, 0};
   Spin spin;
   while (pending) {
     KOGC_UNROLL for (int i = 0; i < N; i++) if (pending >> i & 1) v[i] = load_words(address(i));
-    KOGC_UNROLL for (int i = 0; i < N; i++) if ((pending >> i & 1) && ready(v[i], parity)) pending &= ~(1u << i);
+    KOGC_UNROLL for (int i = 0; i < N; i++) if ((pending >> i & 1) && ready<BIT>(v[i], parity)) pending &= ~(1u << i);
     if (pending) spin.step(where, site, parity);
   }
-  KOGC_UNROLL for (int i = 0; i < N; i++) v[i] = {v[i].x & ~1u, v[i].y & ~1u, v[i].z & ~1u, v[i].w & ~1u};
+  constexpr u32 KEEP = ~(1u << BIT);
+  KOGC_UNROLL for (int i = 0; i < N; i++) v[i] = {v[i].x & KEEP, v[i].y & KEEP, v[i].z & KEEP, v[i].w & KEEP};
 }
 
 KOGC_DEVICE u32 first_bits(int count) { return (1u << count) - 1; }

@@ -7,6 +7,7 @@ namespace kogc {
 // The mat-vec phases in the order of the slab: a layer's four, and the vocabulary projection.
 enum Phase { QKV, O, GATE_UP, DOWN, HEAD };
 constexpr int LAYER_PHASES = HEAD;
+constexpr int ROWS_TOGETHER = 4;  // rows that a mat-vec hands on at once; units hold a multiple of it
 
 // A block's share of a phase: `units` units of `unit` rows, from row `first` on, of `rows` true rows.
 struct Work { int units, unit, first, rows, columns; };

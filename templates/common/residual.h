@@ -92,20 +92,28 @@ template <class P> struct Residual {
   }
 };
 
-// Fetches `words` FP32 words from `slot` into x, rounded to the weights' type.
-template <class P, int WORDS>
-KOGC_DEVICE void gather(const float* slot, u16* x, int padded, u32 parity, const Where& where, Site site) {
+// Fetches WORDS words from `slot` into x: FP32 values, or (PAIRS) two values a word as put_pair() leaves them.
+template <class P, int WORDS, bool PAIRS = false>
+KOGC_DEVICE void gather(const void* slot, u16* x, int padded, u32 parity, const Where& where, Site site) {
   constexpr int VECTORS = WORDS / 4, BATCH = VECTORS >= 8 * THREADS ? 8 : (VECTORS + THREADS - 1) / THREADS;
+#pragma unroll 1
   for (int v0 = thread(); v0 < VECTORS; v0 += BATCH * THREADS) {
     Words v[BATCH];
     const int left = (VECTORS - v0 + THREADS - 1) / THREADS, count = left < BATCH ? left : BATCH;
-    take_vectors<BATCH>(v, first_bits(count), parity, where, site, [&](int i) { return slot + 4 * (v0 + i * THREADS); });
+    const auto address = [&](int i) { return (const Words*)slot + v0 + i * THREADS; };
+    take_vectors<BATCH, PAIRS ? PAIR_BIT : FLOAT_BIT>(v, first_bits(count), parity, where, site, address);
     KOGC_UNROLL for (int i = 0; i < BATCH; i++) {
       if (i >= count) continue;
-      store_activation(x, v0 + i * THREADS, pack<P::FP16>(as_float(v[i].x), as_float(v[i].y), as_float(v[i].z), as_float(v[i].w)));
+      const int vector = v0 + i * THREADS;
+      if constexpr (PAIRS) {
+        store_activation(x, 2 * vector, Quad{v[i].x, v[i].y});
+        store_activation(x, 2 * vector + 1, Quad{v[i].z, v[i].w});
+      } else {
+        store_activation(x, vector, pack<P::FP16>(as_float(v[i].x), as_float(v[i].y), as_float(v[i].z), as_float(v[i].w)));
+      }
     }
   }
-  clear_activation(x, WORDS, padded);
+  clear_activation(x, PAIRS ? 2 * WORDS : WORDS, padded);
   sync();
 }
 

@@ -62,8 +62,8 @@ template <class P, int UNIT> KOGC_DEVICE void multiply_unit(const u8*& at, const
     for (int r = 0; r < 4; r++) y[r] += y[r + 4];
 }
 
-// y = W x for this block's rows. `prepare()` runs once before the first result; `result(i, y, z)` gets rows i and i + 1
-// of the block, for even i.
+// y = W x for this block's rows. `prepare()` runs once before the first result; `result(i, y)` gets the block's rows
+// i .. i + 3.
 template <class P, class Prepare, class Result>
 KOGC_DEVICE void matvec(Stream<P>& stream, const Work& work, const Where&, Prepare prepare, Result result) {
   prepare();
@@ -71,7 +71,7 @@ KOGC_DEVICE void matvec(Stream<P>& stream, const Work& work, const Where&, Prepa
     float y[8];
     if (work.unit == 8) multiply_unit<P, 8>(stream.at, activation<P>(), work.columns, y);
     else multiply_unit<P, 4>(stream.at, activation<P>(), work.columns, y);
-    for (int r = 0; r < work.unit; r += 2) result(unit * work.unit + r, y[r], y[r + 1]);
+    for (int r = 0; r < work.unit; r += ROWS_TOGETHER) result(unit * work.unit + r, (const float(&)[ROWS_TOGETHER])y[r]);
   }
   read_next(stream.at);
 }

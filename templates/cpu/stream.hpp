@@ -10,4 +10,7 @@ template <class P> struct Stream {
   KOGC_DEVICE void rewind(const u8* slabs) { at = slabs + (u64)block() * P::SLAB_BYTES; }
 };
 
+template <class P> KOGC_DEVICE void exchange_begins() {}
+template <class P> KOGC_DEVICE void exchange_ends() {}
+
 }  // namespace kogc

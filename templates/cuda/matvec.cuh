@@ -75,13 +75,13 @@ template <class P> class MatVec {
     taken_ = 0;
   }
 
-  // The sum of a row of the units multiplied last.
-  KOGC_DEVICE float add_up(int row) const {
-    const float* from = partial_sums<P>() + (unit_ == 8 ? row / 8 * (8 * WARPS) + row % 8 : row / 4 * (8 * WARPS) + row % 4);
-    float v = 0;
-    KOGC_UNROLL for (int w = 0; w < WARPS; w++) v += from[w * 8];
-    if (unit_ == 4) KOGC_UNROLL for (int w = 0; w < WARPS; w++) v += from[w * 8 + 4];
-    return v;
+  // The sums of rows `row` .. + 3 of the units multiplied last.
+  KOGC_DEVICE void add_up(int row, float (&y)[ROWS_TOGETHER]) const {
+    const int unit = unit_ == 8 ? row / 8 : row / 4;
+    const char* from = (const char*)(partial_sums<P>() + unit * (8 * WARPS) + (row - unit * unit_));
+    KOGC_UNROLL for (int e = 0; e < ROWS_TOGETHER; e++) y[e] = 0;
+    KOGC_UNROLL for (int w = 0; w < WARPS; w++) add(y, from + w * 32);
+    if (unit_ == 4) KOGC_UNROLL for (int w = 0; w < WARPS; w++) add(y, from + w * 32 + 16);
   }
 
  private:
@@ -90,6 +90,14 @@ template <class P> class MatVec {
     Words weights[GROUP];
     Quad x[GROUP];
   };
+
+  static KOGC_DEVICE void add(float (&y)[ROWS_TOGETHER], const char* four) {
+    const Words w = *(const Words*)four;
+    y[0] += as_float(w.x);
+    y[1] += as_float(w.y);
+    y[2] += as_float(w.z);
+    y[3] += as_float(w.w);
+  }
 
   KOGC_DEVICE void load(Fragments& f) {
     if (taken_ == 0) wait_full();
@@ -149,7 +157,7 @@ template <class P> class MatVec {
 };
 
 // y = W x for this block's rows. `prepare()` runs once on every thread, between the products and the first result;
-// `result(i, y, z)` gets rows i and i + 1 of the block, for even i.
+// `result(i, y)` gets the block's rows i .. i + 3.
 template <class P, class Prepare, class Result>
 KOGC_DEVICE void matvec(Stream<P>& cursor, const Work& work, const Where& where, Prepare prepare, Result result) {
   MatVec<P> products(cursor, work, where);
@@ -162,8 +170,11 @@ KOGC_DEVICE void matvec(Stream<P>& cursor, const Work& work, const Where& where,
     sync();
     if (first == 0) prepare();
 #pragma unroll 1
-    for (int row = 2 * thread(); row < count * work.unit; row += 2 * THREADS)
-      result(first * work.unit + row, products.add_up(row), products.add_up(row + 1));
+    for (int row = ROWS_TOGETHER * thread(); row < count * work.unit; row += ROWS_TOGETHER * THREADS) {
+      float y[ROWS_TOGETHER];
+      products.add_up(row, y);
+      result(first * work.unit + row, y);
+    }
   }
 }
 
