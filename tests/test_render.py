@@ -76,6 +76,19 @@ def test_a_source_that_spills_is_refused_with_its_place() -> None:
         cuda.compile_binary(stressed, plan)
 
 
+def test_a_function_that_a_kernel_calls_does_not_hide_its_memory() -> None:
+    log = """ptxas info    : Compiling entry function 'kogc_generate' for 'sm_90a'
+ptxas info    : Function properties for kogc_generate
+ptxas         .     256 bytes stack frame, 8 bytes spill stores, 4 bytes spill loads
+ptxas info    : Used 122 registers, used 2 barriers, 256 bytes cumulative stack size
+ptxas info    : Function properties for _ZN4kogc7give_upEv
+ptxas         .     0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
+"""
+    usage = cuda.resource_usage(log)
+    assert usage["kogc_generate"] == {"stack": 256, "spill_stores": 8, "spill_loads": 4, "registers": 122}
+    assert usage["_ZN4kogc7give_upEv"]["stack"] == 0
+
+
 def _spilling(headers: dict[str, str]) -> str:
     """A kernel with an array that no register can hold, as it is indexed by what only the run knows."""
     old = "Ring<P>::init();\n  const int steps"

@@ -74,13 +74,13 @@ def compile_binary(rendered: Rendered, plan: Plan) -> bytes:
 
 
 def resource_usage(log: str) -> dict[str, dict[str, int]]:
-    """Registers, stack and spill bytes of each kernel in a ptxas log."""
+    """Stack and spill bytes of each kernel and each function that it calls, and the kernels' registers: a ptxas log."""
     usage: dict[str, dict[str, int]] = {}
     kernel = ""
     for line in log.splitlines():
-        if entry := re.search(r"Compiling entry function '(\w+)'", line):
+        if entry := re.search(r"(?:Compiling entry function '|Function properties for )(\w+)", line):
             kernel = entry[1]
-            usage[kernel] = {}
+            usage.setdefault(kernel, {})
         elif spill := re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", line):
             usage[kernel] |= {"stack": int(spill[1]), "spill_stores": int(spill[2]), "spill_loads": int(spill[3])}
         elif registers := re.search(r"Used (\d+) registers", line):
@@ -91,10 +91,9 @@ def resource_usage(log: str) -> dict[str, dict[str, int]]:
 def _refuse_spills(log: str, name: str) -> None:
     for kernel, used in resource_usage(log).items():
         if used.get("stack") or used.get("spill_stores"):
-            raise KogcError(
-                f"{name}: {kernel} uses {used['stack']} bytes of local memory "
-                f"({used['spill_stores']} spilled) at {used.get('registers')} registers"
-            )
+            registers = f" at {used['registers']} registers" if "registers" in used else ""
+            spilled = f"{used['stack']} bytes of local memory ({used['spill_stores']} spilled)"
+            raise KogcError(f"{name}: {kernel} uses {spilled}{registers}")
 
 
 def _log(nvrtc: Any, program: Any) -> str:
