@@ -37,25 +37,26 @@ struct Plan {
   static constexpr int BLOCKS = 4, SPLITS = 4, GATHER_SPLITS = 2;
   static constexpr int HEAD_TILES = 1, HEADS_PER_BLOCK = 3;
   static constexpr int MAX_CONTEXT = 512, CHUNKS = 4;
+  static constexpr int HIDDEN_PADDED = 256;
   struct Qkv {
     static constexpr int ROWS = 320, COLUMNS = 192, COLUMNS_PADDED = 256, UNIT = 8;
-    static constexpr int BASE = 10, REMAINDER = 0, ROTATION = 0, GROUP = 1;
+    static constexpr int BASE = 10, REMAINDER = 0, ROTATION = 0;
   };
   struct O {
     static constexpr int ROWS = 192, COLUMNS = 192, COLUMNS_PADDED = 256, UNIT = 8;
-    static constexpr int BASE = 6, REMAINDER = 0, ROTATION = 0, GROUP = 1;
+    static constexpr int BASE = 6, REMAINDER = 0, ROTATION = 0;
   };
   struct GateUp {
     static constexpr int ROWS = 512, COLUMNS = 192, COLUMNS_PADDED = 256, UNIT = 8;
-    static constexpr int BASE = 16, REMAINDER = 0, ROTATION = 0, GROUP = 1;
+    static constexpr int BASE = 16, REMAINDER = 0, ROTATION = 0;
   };
   struct Down {
     static constexpr int ROWS = 192, COLUMNS = 256, COLUMNS_PADDED = 256, UNIT = 8;
-    static constexpr int BASE = 6, REMAINDER = 0, ROTATION = 0, GROUP = 1;
+    static constexpr int BASE = 6, REMAINDER = 0, ROTATION = 0;
   };
   struct Head {
     static constexpr int ROWS = 2048, COLUMNS = 192, COLUMNS_PADDED = 256, UNIT = 8;
-    static constexpr int BASE = 64, REMAINDER = 0, ROTATION = 0, GROUP = 1;
+    static constexpr int BASE = 64, REMAINDER = 0, ROTATION = 0;
   };
   // exchange buffer, bytes
   static constexpr int X_QKV = 0, X_PARTIAL = 1280, X_ATTENTION = 4608, X_O = 5376, X_HIDDEN = 6144, X_DOWN = 7168, X_KEYS = 7936;
@@ -68,24 +69,9 @@ struct Plan {
   static constexpr int SHARED_BYTES = 18560;
 };
 
-// One step: a token goes in, the next one comes out. False: the generation has ended.
-KOGC_DEVICE bool decode_step(Decoder<Plan, Stream<Plan>>& decoder, const KernelArgs& args, int step) {
-  decoder.begin(step);
-#pragma unroll 1
-  for (int layer = 0; layer < Plan::LAYERS; layer++) {
-    decoder.layer(layer);
-    decoder.qkv();
-    decoder.attention();
-    decoder.o();
-    decoder.gate_up();
-    decoder.down();
-  }
-  return !Generation<Plan>::needs_head(args, step) || decoder.head();
-}
-
 }  // namespace kogc
 
 #define KOGC_EXPORT extern "C" __attribute__((visibility("default")))
-KOGC_EXPORT int kogc_generate(const kogc::KernelArgs* args) { return kogc::generate<kogc::Plan, kogc::decode_step>(*args); }
+KOGC_EXPORT int kogc_generate(const kogc::KernelArgs* args) { return kogc::generate<kogc::Plan>(*args); }
 KOGC_EXPORT void kogc_fill(kogc::u16* to, kogc::u64 n, kogc::u32 seed, float amplitude, int fp16) { kogc::fill(to, n, seed, amplitude, fp16); }
 KOGC_EXPORT void kogc_read_ceiling(const void* from, kogc::u64 bytes, int threads) { kogc::read_ceiling(from, bytes, threads); }

@@ -37,25 +37,26 @@ struct Plan {
   static constexpr int BLOCKS = 128, SPLITS = 16, GATHER_SPLITS = 2;
   static constexpr int HEAD_TILES = 1, HEADS_PER_BLOCK = 4;
   static constexpr int MAX_CONTEXT = 131072, CHUNKS = 1024;
+  static constexpr int HIDDEN_PADDED = 2048;
   struct Qkv {
     static constexpr int ROWS = 3072, COLUMNS = 2048, COLUMNS_PADDED = 2048, UNIT = 8;
-    static constexpr int BASE = 3, REMAINDER = 0, ROTATION = 0, GROUP = 4;
+    static constexpr int BASE = 3, REMAINDER = 0, ROTATION = 0;
   };
   struct O {
     static constexpr int ROWS = 2048, COLUMNS = 2048, COLUMNS_PADDED = 2048, UNIT = 8;
-    static constexpr int BASE = 2, REMAINDER = 0, ROTATION = 0, GROUP = 4;
+    static constexpr int BASE = 2, REMAINDER = 0, ROTATION = 0;
   };
   struct GateUp {
     static constexpr int ROWS = 16384, COLUMNS = 2048, COLUMNS_PADDED = 2048, UNIT = 8;
-    static constexpr int BASE = 16, REMAINDER = 0, ROTATION = 0, GROUP = 4;
+    static constexpr int BASE = 16, REMAINDER = 0, ROTATION = 0;
   };
   struct Down {
     static constexpr int ROWS = 2048, COLUMNS = 8192, COLUMNS_PADDED = 8192, UNIT = 8;
-    static constexpr int BASE = 2, REMAINDER = 0, ROTATION = 0, GROUP = 4;
+    static constexpr int BASE = 2, REMAINDER = 0, ROTATION = 0;
   };
   struct Head {
     static constexpr int ROWS = 128256, COLUMNS = 2048, COLUMNS_PADDED = 2048, UNIT = 8;
-    static constexpr int BASE = 125, REMAINDER = 32, ROTATION = 0, GROUP = 4;
+    static constexpr int BASE = 125, REMAINDER = 32, ROTATION = 0;
   };
   // exchange buffer, bytes
   static constexpr int X_QKV = 0, X_PARTIAL = 12288, X_ATTENTION = 151552, X_O = 159744, X_HIDDEN = 167936, X_DOWN = 200704, X_KEYS = 208896;
@@ -63,8 +64,9 @@ struct Plan {
   static constexpr int TRACE_EVENTS = 0;
   static constexpr bool TRACE = TRACE_EVENTS > 0;
   // stream
-  static constexpr int STAGES = 12, STAGE_BYTES = 16384;
+  static constexpr int STAGES = 12, STAGE_BYTES = 16384, GROUP_FRAGMENTS = 4;
   static constexpr int IN_FLIGHT = 3, IN_FLIGHT_HEAD = 4;
+  static constexpr int IN_FLIGHT_EXCHANGE = 2;
   static constexpr int PREFETCH = 8, PACE = 900;
   // shared memory, bytes
   static constexpr int RING_OFFSET = 0, ACTIVATION_OFFSET = 196608;
@@ -74,37 +76,10 @@ struct Plan {
   static constexpr int SHARED_BYTES = 230080;
 };
 
-// One step: a token goes in, the next one comes out. False: the generation has ended.
-KOGC_DEVICE bool decode_step(Decoder<Plan, Stream<Plan>>& decoder, const KernelArgs& args, int step) {
-  decoder.begin(step);
-#pragma unroll 1
-  for (int layer = 0; layer < Plan::LAYERS; layer++) {
-    decoder.layer(layer);
-    decoder.qkv();
-    decoder.attention();
-    decoder.o();
-    decoder.gate_up();
-    decoder.down();
-  }
-  return !Generation<Plan>::needs_head(args, step) || decoder.head();
-}
-
-// The weights of one step, in the same order.
-KOGC_DEVICE bool copy_step(Producer<Plan>& producer, const KernelArgs& args, const u8* slab, int step) {
-#pragma unroll 1
-  for (int layer = 0; layer < Plan::LAYERS; layer++) {
-    if (!producer.copy_phase<Plan::Qkv>(slab, Plan::IN_FLIGHT, step)) return false;
-    if (!producer.copy_phase<Plan::O>(slab, Plan::IN_FLIGHT, step)) return false;
-    if (!producer.copy_phase<Plan::GateUp>(slab, Plan::IN_FLIGHT, step)) return false;
-    if (!producer.copy_phase<Plan::Down>(slab, Plan::IN_FLIGHT, step)) return false;
-  }
-  return !Generation<Plan>::needs_head(args, step) || producer.copy_phase<Plan::Head>(slab, Plan::IN_FLIGHT_HEAD, step);
-}
-
 }  // namespace kogc
 
 KOGC_KERNEL void KOGC_BOUNDS(288) kogc_generate(KOGC_PARAMETER kogc::KernelArgs args) {
-  kogc::generate<kogc::Plan>(args, kogc::copy_step, kogc::decode_step);
+  kogc::generate<kogc::Plan>(args);
 }
 KOGC_KERNEL void kogc_fill(kogc::u16* to, kogc::u64 n, kogc::u32 seed, float amplitude, int fp16) { kogc::fill(to, n, seed, amplitude, fp16); }
 KOGC_KERNEL void KOGC_BOUNDS(288) kogc_read_ceiling(const void* from, kogc::u64 bytes, kogc::u32* sink) { kogc::read_ceiling<kogc::Plan>(from, bytes, sink); }
