@@ -50,24 +50,28 @@ KOGC_DEVICE void fill(u16* to, u64 n, u32 seed, float amplitude, int fp16) {
   }
 }
 
-// Reads `bytes` once, each block its share through the ring as the weight stream does, with nothing to wait for.
+// Reads `bytes` READ_PASSES times, each block its share through the ring as the weight stream does, with nothing to wait
+// for. Several passes, so that a launch is long beside its start.
+constexpr int READ_PASSES = 4;
+
 template <class P> KOGC_DEVICE void read_ceiling(const void* from, u64 bytes, u32* sink) {
   Ring<P>::init();
   const u64 share = bytes / P::BLOCKS / P::STAGE_BYTES * P::STAGE_BYTES;
   const u8* source = (const u8*)from + block() * share;
-  const int stages = (int)(share / P::STAGE_BYTES);
+  const int stages = (int)(share / P::STAGE_BYTES), all = stages * READ_PASSES;
   Cursor<P> cursor;
   if (warp() == PRODUCER) {
     if (lane() != 0) return;
-    for (int i = 0; i < stages; i++, cursor.advance()) {
+    const CachePolicy policy = read_once();
+    for (int i = 0; i < all; i++, cursor.advance()) {
       while (!barrier_passed(Ring<P>::empty(cursor.slot), cursor.parity ^ 1)) {}
       barrier_expect(Ring<P>::full(cursor.slot), P::STAGE_BYTES);
-      bulk_copy(Ring<P>::stage(cursor.slot), source + (u64)i * P::STAGE_BYTES, P::STAGE_BYTES, Ring<P>::full(cursor.slot));
+      bulk_copy(Ring<P>::stage(cursor.slot), source + (u64)(i % stages) * P::STAGE_BYTES, P::STAGE_BYTES, Ring<P>::full(cursor.slot), policy);
     }
     return;
   }
   u32 seen = 0;
-  for (int i = 0; i < stages; i++, cursor.advance()) {
+  for (int i = 0; i < all; i++, cursor.advance()) {
     while (!barrier_passed(Ring<P>::full(cursor.slot), cursor.parity)) {}
     seen ^= *(const u32*)(Ring<P>::stage(cursor.slot) + thread() * 4);
     sync_warp();

@@ -132,9 +132,16 @@ KOGC_DEVICE bool barrier_test(Barrier* b, u32 parity) {
                : "=r"(ok) : "r"(shared_address(b)), "r"(parity) : "memory");
   return ok;
 }
-KOGC_DEVICE void bulk_copy(void* to, const void* from, int bytes, Barrier* b) {
-  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
-               ::"r"(shared_address(to)), "l"(from), "r"(bytes), "r"(shared_address(b)) : "memory");
+// Weights are read once a token: they leave the L2 cache first, so that exchanges, norms and the KV cache may stay.
+using CachePolicy = u64;
+KOGC_DEVICE CachePolicy read_once() {
+  CachePolicy p;
+  asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(p));
+  return p;
+}
+KOGC_DEVICE void bulk_copy(void* to, const void* from, int bytes, Barrier* b, CachePolicy policy) {
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;"
+               ::"r"(shared_address(to)), "l"(from), "r"(bytes), "r"(shared_address(b)), "l"(policy) : "memory");
 }
 KOGC_DEVICE void bulk_prefetch(const void* from, int bytes) {
   asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");

@@ -57,7 +57,7 @@ template <class P> class Producer {
       if (!wait_empty(from)) return false;
       while (in_flight_ >= (*Ring<P>::exchanging() ? P::IN_FLIGHT_EXCHANGE : cap)) retire();
       barrier_expect(Ring<P>::full(head_.slot), bytes);
-      bulk_copy(Ring<P>::stage(head_.slot), from, bytes, Ring<P>::full(head_.slot));
+      bulk_copy(Ring<P>::stage(head_.slot), from, bytes, Ring<P>::full(head_.slot), policy_);
       head_.advance();
       in_flight_++;
       from += bytes;
@@ -98,6 +98,7 @@ template <class P> class Producer {
     in_flight_--;
   }
 
+  const CachePolicy policy_ = read_once();
   Cursor<P> head_, tail_;
   int in_flight_ = 0;
   const u8* ahead_ = nullptr;  // next byte to fetch into L2
