@@ -78,7 +78,7 @@ template <class P> class Producer {
     if (ahead_ < next) ahead_ = next;
     long long last = clock_cycles();
     Spin spin;
-    while (!barrier_passed(empty, parity)) {
+    while (!barrier_test(empty, parity)) {  // does not sleep: there is prefetching to do
       if (*Ring<P>::finished()) return false;
       if (P::PREFETCH && ahead_ < next + P::PREFETCH * P::STAGE_BYTES && ahead_ + P::STAGE_BYTES <= end_ &&
           clock_cycles() - last >= P::PACE) {
