@@ -32,13 +32,14 @@ from .tuned import Measurement, Setting, Tuned, tuned_file, write_tuned
 
 # What each knob may be; a knob without candidates is not searched. Those with most effect come first.
 CANDIDATES: dict[str, tuple[int, ...]] = {
-    "in_flight": (2, 3, 4, 5, 6, 8),
+    "in_flight": (1, 2, 3, 4, 5, 6, 8),
     "prefetch": (0, 4, 8, 16, 32),
     "pace": (300, 500, 700, 900, 1200, 1800),
     "stage_bytes": (8192, 16384, 32768),
     "in_flight_head": (3, 4, 5, 6, 8, 10),
     "in_flight_exchange": (1, 2, 3, 4),
     "gather_splits": (1, 2, 4, 8),
+    "turn": (1, 2, 4),
 }
 CPU_KNOBS = ("gather_splits",)  # the others mean nothing there
 MARGIN = 1.002  # a candidate must be this much faster: less is noise

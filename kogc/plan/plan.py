@@ -20,18 +20,19 @@ CHUNK = 128  # positions of the KV cache that a block takes at a time
 class Knobs:
     """What a tuner may choose without changing the result's meaning.
 
-    stage_bytes: one slot of the ring; in_flight: stages being copied at once while layers run; in_flight_head: the
-    same while the vocabulary projection streams; in_flight_exchange: the same while a block waits for others, whose
-    words queue behind the copies; gather_splits: most attention splits that are combined while
-    gathering, before a separate combine step pays; prefetch: stages fetched into L2 ahead of a full ring;
-    pace: clocks between two such fetches.
+    stage_bytes: one slot of the ring. in_flight: stages being copied at once while layers run; in_flight_head: the same
+    while the vocabulary projection streams; in_flight_exchange: the same while a block waits for others, whose words
+    queue behind the copies. gather_splits: most attention splits that are combined while gathering, before a separate
+    combine step pays. turn: chunks of the KV cache that a split takes at a time. prefetch: stages fetched into L2 ahead
+    of a full ring; pace: clocks between two such fetches.
     """
 
     stage_bytes: int = 16384
     in_flight: int = 3
     in_flight_head: int = 4
     in_flight_exchange: int = 2
-    gather_splits: int = 2
+    gather_splits: int = 1
+    turn: int = 2
     prefetch: int = 8
     pace: int = 900
 

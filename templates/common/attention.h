@@ -1,5 +1,5 @@
 // Attention over the KV cache on all blocks. A unit is a KV head with up to eight of its query heads; SPLITS blocks share
-// a unit's context in chunks of 128 positions, dealt in turn, so that the same block always meets the same chunk: what it
+// a unit's context in chunks of 128 positions, dealt in turns, so that the same block always meets the same chunk: what it
 // wrote there it alone reads. Each split puts its unnormalised output with its maximum and sum; the readers combine.
 //
 // The target's AttentionCore<P> holds keys and values (fetched before the query exists) and does the products.
@@ -7,19 +7,27 @@
 
 namespace kogc {
 
-// The chunks that a query at `position` sees.
+// What a query at `position` sees of the cache. Chunks are dealt to splits in turns of P::TURN chunks.
 template <class P> struct Span {
-  int lowest, first, count;  // first position in the window, its chunk, number of chunks
+  static constexpr int POSITIONS = CHUNK * P::TURN;  // of a turn
+  int lowest, end, first, count;  // first position in the window, last chunk + 1; first turn, number of turns
 
   KOGC_DEVICE Span(int position, int window) {
     lowest = window && position >= window ? position - window + 1 : 0;
-    first = lowest / CHUNK;
-    count = position / CHUNK - first + 1;
+    end = position / CHUNK + 1;
+    first = lowest / POSITIONS;
+    count = position / POSITIONS - first + 1;
   }
   KOGC_DEVICE int active() const { return count < P::SPLITS ? count : P::SPLITS; }
   KOGC_DEVICE int split(int i) const { return (first + i) % P::SPLITS; }  // the i-th active split
-  KOGC_DEVICE int first_chunk(int split) const { return first + (split - first % P::SPLITS + P::SPLITS) % P::SPLITS; }
-  KOGC_DEVICE int end() const { return first + count; }
+
+  // The first chunk of a split, and the one after `chunk`; from `end` on there are no more.
+  KOGC_DEVICE int first_chunk(int split) const {
+    const int turn = first + (split - first % P::SPLITS + P::SPLITS) % P::SPLITS, chunk = turn * P::TURN;
+    return turn == first && chunk < lowest / CHUNK ? lowest / CHUNK : chunk;
+  }
+  static KOGC_DEVICE int next_chunk(int chunk) { return chunk + 1 + ((chunk + 1) % P::TURN == 0 ? (P::SPLITS - 1) * P::TURN : 0); }
+  static KOGC_DEVICE int owner(int position) { return position / POSITIONS % P::SPLITS; }
 };
 
 template <class P> KOGC_DEVICE u16* chunk_address(u16* kv, int layer, int kv_head, int chunk) {
@@ -128,10 +136,11 @@ KOGC_DEVICE void prepare(const KernelArgs& args, AttentionCore<P>& core, int kv_
 template <class P> KOGC_DEVICE void prefetch_cache(const KernelArgs& args, int position, int layer) {
   constexpr int UNITS = P::KV_HEADS * P::HEAD_TILES, CHUNKS_AHEAD = 2;
   const Span<P> span(position, P::window(layer));
-  const int unit = block() / P::SPLITS, first = span.first_chunk(block() % P::SPLITS);
-  if (thread() >= CHUNKS_AHEAD || unit >= UNITS) return;
-  const int chunk = first + thread() * P::SPLITS;
-  if (chunk < span.end()) bulk_prefetch(chunk_address<P>(args.kv, layer, unit / P::HEAD_TILES, chunk), 4 * CHUNK * P::HEAD_DIM);
+  const int unit = block() / P::SPLITS;
+  if (thread() != 0 || unit >= UNITS) return;
+  int chunk = span.first_chunk(block() % P::SPLITS);
+  for (int i = 0; i < CHUNKS_AHEAD && chunk < span.end; i++, chunk = span.next_chunk(chunk))
+    bulk_prefetch(chunk_address<P>(args.kv, layer, unit / P::HEAD_TILES, chunk), 4 * CHUNK * P::HEAD_DIM);
 }
 
 // This block's part of attention: every split of a unit puts a partial output, an empty one where it has no chunk, so that
@@ -146,7 +155,7 @@ KOGC_DEVICE void attend(const KernelArgs& args, int position, u32 parity, const 
     const int first_head = kv_head * P::GROUP + tile * P::HEADS_PER_BLOCK;
     const int left = P::GROUP - tile * P::HEADS_PER_BLOCK, heads = left < P::HEADS_PER_BLOCK ? left : P::HEADS_PER_BLOCK;
     const int first = span.first_chunk(split);
-    if (first >= span.end()) {
+    if (first >= span.end) {
       for (int i = thread(); i < heads * (P::HEAD_DIM + 4); i += THREADS) {
         const int d = i % (P::HEAD_DIM + 4);
         put(partial_address<P>(args.exchange, first_head + i / (P::HEAD_DIM + 4), split) + d, d == P::HEAD_DIM ? LOWEST : 0.0f, parity);
@@ -155,14 +164,15 @@ KOGC_DEVICE void attend(const KernelArgs& args, int position, u32 parity, const 
     }
     AttentionCore<P> core;
     core.fetch(chunk_address<P>(args.kv, where.layer, kv_head, first));
-    const bool owner = position / CHUNK % P::SPLITS == split;
+    const bool owner = span.owner(position) == split;
     prepare<P>(args, core, kv_head, first_head, heads, position, owner, parity, where);
     sync();
     Trace<P>::mark(args, QUERY);
-    for (int chunk = first; chunk < span.end(); chunk += P::SPLITS) {
-      const int next = chunk + P::SPLITS;
-      const u16* following = next < span.end() ? chunk_address<P>(args.kv, where.layer, kv_head, next) : nullptr;
+    for (int chunk = first; chunk < span.end;) {
+      const int next = span.next_chunk(chunk);
+      const u16* following = next < span.end ? chunk_address<P>(args.kv, where.layer, kv_head, next) : nullptr;
       core.chunk(chunk * CHUNK, span.lowest, position, following);
+      chunk = next;
     }
     core.finish(heads);
     sync();
