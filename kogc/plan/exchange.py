@@ -1,4 +1,4 @@
-"""The exchanges of a layer: which words cross blocks, where they lie in global memory, who writes and who reads them."""
+"""The exchanges of a layer: which words cross blocks, and where they lie in global memory."""
 
 from __future__ import annotations
 

@@ -32,7 +32,7 @@ class Knobs:
     in_flight_head: int = 4
     in_flight_exchange: int = 2
     gather_splits: int = 1
-    turn: int = 2
+    turn: int = 1
     prefetch: int = 8
     pace: int = 900
 
@@ -62,7 +62,7 @@ class Plan:
 
     @cached_property
     def layer_phases(self) -> tuple[MatVec, ...]:
-        """The four mat-vec phases of a layer in the order of the slab; each starts its remainder where the last ended."""
+        """The four mat-vec phases of a layer, in slab order; each starts its remainder where the last ended."""
         s = self.spec
         shapes = (
             ("qkv", s.qkv_rows, s.hidden),
