@@ -163,9 +163,11 @@ KOGC_DEVICE void attend(const KernelArgs& args, int position, u32 parity, const 
       continue;
     }
     AttentionCore<P> core;
-    core.fetch(chunk_address<P>(args.kv, where.layer, kv_head, first));
+    const u16* fetched = chunk_address<P>(args.kv, where.layer, kv_head, first);
+    core.fetch(fetched);
     const bool owner = span.owner(position) == split;
     prepare<P>(args, core, kv_head, first_head, heads, position, owner, parity, where);
+    core.fetch_rest(fetched);
     sync();
     Trace<P>::mark(args, QUERY);
     for (int chunk = first; chunk < span.end;) {

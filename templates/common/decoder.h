@@ -25,27 +25,27 @@ template <class P> class Decoder {
   KOGC_DEVICE bool step(int step) {
     where_.step = step;
     mark(BEGIN);
-    const i32 token = step < args_.n_prompt ? args_.prompt[step] : token_;
+    const i32 token = step < args_.n_prompt ? args_.prompt[step] : *chosen();
     Residual<P>::load_embedding(args_.embedding + (u64)token * P::HIDDEN);
-    const int phases = Generation<P>::phases(args_, step);
-    best_ = 0;
+    where_.layer = 0;
+    phase_ = QKV;
 #pragma unroll 1
-    for (int i = 0; i < phases; i++) {
-      where_.layer = i / LAYER_PHASES;
-      phase_ = phase_at<P>(i);
+    while (phase_ < HEAD || (phase_ == HEAD && Generation<P>::needs_head(args_, step))) {
       exchange_begins<P>();
       input();
       exchange_ends<P>();
       if (phase_ == QKV) parity_ ^= 1;
       project();
+      if (++phase_ == HEAD && ++where_.layer < P::LAYERS) phase_ = QKV;
     }
-    const bool choose = step >= args_.n_prompt - 1 && args_.max_new > 0;
-    return !choose || this->choose();
+    return !chooses() || choose();
   }
 
  private:
   static constexpr bool PAIRS = !P::FP16 && P::FFN % 8 == 0;  // the widest vector crosses as two BF16 values a word
   static constexpr int HIDDEN_WORDS = PAIRS ? P::FFN / 2 : P::FFN;
+
+  static constexpr bool EARLY_GAMMA = !(P::QK_NORM && P::HEAD_DIM >= 128);  // there, attention needs the registers
 
   // Brings the phase's activation into shared memory, from what the blocks have put.
   KOGC_DEVICE void input() {
@@ -57,12 +57,12 @@ template <class P> class Decoder {
       mark(HIDDEN_GATHER);
     } else {
       const bool first = phase_ == QKV && where_.layer == 0, after_attention = phase_ == GATE_UP;
-      if (first) Residual<P>::load_gamma(gamma_, args_.norms);
+      const int norm = 2 * where_.layer + after_attention;
+      if (!EARLY_GAMMA || first) load_gamma(norm);
       if (phase_ == QKV) prefetch_cache<P>(args_, position(), where_.layer);
       if (!first) Residual<P>::add(slot(after_attention ? P::X_O : P::X_DOWN), parity_, where_, after_attention ? WAIT_O : WAIT_DOWN);
       Residual<P>::normalise(gamma_, activation<P>(), P::HIDDEN_PADDED);
-      const int next = 2 * where_.layer + after_attention + 1;  // the next norm's weights have a phase's time to arrive
-      if (phase_ != HEAD) Residual<P>::load_gamma(gamma_, args_.norms + (u64)next * P::HIDDEN);
+      if (EARLY_GAMMA && phase_ != HEAD) load_gamma(norm + 1);  // the next norm's weights have a phase's time to arrive
       mark(first ? EMBED : after_attention ? O_GATHER : DOWN_GATHER);
     }
   }
@@ -85,7 +85,9 @@ template <class P> class Decoder {
   KOGC_DEVICE void project() {
     const Work work = work_of<P>(phase_);
     const bool normalised = phase_ != O && phase_ != DOWN;
-    if (phase_ == HEAD && block() == 0 && thread() == 0) stop_ = load_host(args_.stop_word);  // arrives while the rows stream
+    const bool asks = phase_ == HEAD && block() == 0 && thread() == 0;
+    const i32 stop = asks ? load_host(args_.stop_word) : 0;  // arrives while the rows stream
+    u64 best = 0;
     float* to = slot(phase_ == QKV ? P::X_QKV : phase_ == O ? P::X_O : phase_ == GATE_UP ? P::X_HIDDEN : P::X_DOWN);
     const u16* bias = args_.qkv_bias + (u64)where_.layer * P::Qkv::ROWS;
     const int mine = work.first + ROWS_TOGETHER * thread();
@@ -110,7 +112,7 @@ template <class P> class Decoder {
           if (row + 2 < work.rows) put(to + row / 2 + 1, b, parity_);
         }
       } else if (phase_ == HEAD) {
-        KOGC_UNROLL for (int e = 0; e < ROWS_TOGETHER; e++) if (row + e < work.rows) consider(row + e, y[e]);
+        KOGC_UNROLL for (int e = 0; e < ROWS_TOGETHER; e++) if (row + e < work.rows) best = larger(best, consider(row + e, y[e]));
       } else {
         if (P::QKV_BIAS && phase_ == QKV) {
           Quad q = row == mine ? early : *(const Quad*)(bias + row);
@@ -121,6 +123,7 @@ template <class P> class Decoder {
       }
     });
     if (phase_ != HEAD) mark(output_mark());
+    else if (chooses()) put_choice(best, stop);
   }
 
   static KOGC_DEVICE float silu(float v) { return v * reciprocal(1.0f + exp2_fast(-LOG2E * v)); }
@@ -130,52 +133,61 @@ template <class P> class Decoder {
   static constexpr u32 TAG_BITS = 11, STOP_BIT = TAG_BITS, ROW_SHIFT = STOP_BIT + 1;
   static constexpr u32 TAG_MASK = (1u << TAG_BITS) - 1, ROW_MASK = (1u << (32 - ROW_SHIFT)) - 1;
 
-  KOGC_DEVICE void consider(int row, float logit) {
+  static KOGC_DEVICE u64 larger(u64 a, u64 b) { return a > b ? a : b; }
+
+  // Whether this step's logits choose a token; how many choices there have been then.
+  KOGC_DEVICE bool chooses() const { return where_.step >= args_.n_prompt - 1 && args_.max_new > 0; }
+  KOGC_DEVICE u32 tag() const { return (u32)(where_.step - args_.n_prompt + 2) & TAG_MASK; }
+  KOGC_DEVICE u64* keys() const { return (u64*)(args_.exchange + P::X_KEYS); }
+
+  KOGC_DEVICE u64 consider(int row, float logit) {
     if (args_.logits && where_.step < args_.n_prompt) args_.logits[(u64)where_.step * P::VOCAB + row] = logit;
-    const u64 key = (u64)ordered(logit) << 32 | (u64)(ROW_MASK - (u32)row) << ROW_SHIFT;
-    best_ = key > best_ ? key : best_;
+    return (u64)ordered(logit) << 32 | (u64)(ROW_MASK - (u32)row) << ROW_SHIFT;
+  }
+
+  KOGC_DEVICE void put_choice(u64 best, i32 stop) {
+    best = block_maximum(best);
+    if (thread() == 0) store_key(keys() + block(), best | (u64)(stop != 0) << STOP_BIT | tag());
   }
 
   // All blocks agree on the next token. False: it ends the generation.
   KOGC_DEVICE bool choose() {
-    u64* keys = (u64*)(args_.exchange + P::X_KEYS);
-    const u32 tag = (u32)(++choices_) & TAG_MASK;
-    u64 best = block_maximum(best_);
-    if (thread() == 0) store_key(keys + block(), best | (u64)(stop_ != 0) << STOP_BIT | tag);
-    best = 0;
+    u64 best = 0;
     for (int b = thread(); b < P::BLOCKS; b += THREADS) {
       Spin spin;
       u64 key;
-      while (((u32)(key = load_key(keys + b)) & TAG_MASK) != tag) spin.step(where_, WAIT_KEYS, tag);
+      while (((u32)(key = load_key(keys() + b)) & TAG_MASK) != tag()) spin.step(where_, WAIT_KEYS, tag());
       if (b == 0) *stop_flag() = (int)(key >> STOP_BIT & 1);
-      key &= ~(u64)(TAG_MASK | 1u << STOP_BIT);
-      best = key > best ? key : best;
+      best = larger(best, key & ~(u64)(TAG_MASK | 1u << STOP_BIT));
     }
     best = block_maximum(best);
-    token_ = (i32)(ROW_MASK - ((u32)best >> ROW_SHIFT));
-    if (block() == 0 && thread() == 0) store_host(args_.tokens + where_.step - (args_.n_prompt - 1), token_);
+    const i32 token = (i32)(ROW_MASK - ((u32)best >> ROW_SHIFT));
+    if (thread() == 0) *chosen() = token;
+    if (block() == 0 && thread() == 0) store_host(args_.tokens + where_.step - (args_.n_prompt - 1), token);
     bool stopped = *stop_flag();
-    for (int i = 0; i < args_.n_stop; i++) stopped = stopped || token_ == args_.stop[i];
+    for (int i = 0; i < args_.n_stop; i++) stopped = stopped || token == args_.stop[i];
+    sync();
     mark(HEAD_CHOICE);
     return !stopped;
   }
 
   static KOGC_DEVICE int* stop_flag() { return (int*)((char*)warp_sums<P>() + 192); }
+  static KOGC_DEVICE i32* chosen() { return stop_flag() + 1; }
 
   // The largest key of the block, on every thread.
   KOGC_DEVICE u64 block_maximum(u64 key) {
     u64* of_warps = (u64*)((char*)warp_sums<P>() + 64);
     for (int m = LANES / 2; m; m /= 2) {
-      const u64 other = shuffle_xor(key, m);
-      key = other > key ? other : key;
+      key = larger(key, shuffle_xor(key, m));
     }
     sync();  // the last reader of the area is done
     if (lane() == 0) of_warps[warp()] = key;
     sync();
-    for (int w = 0; w < WARPS; w++) key = of_warps[w] > key ? of_warps[w] : key;
+    for (int w = 0; w < WARPS; w++) key = larger(key, of_warps[w]);
     return key;
   }
 
+  KOGC_DEVICE void load_gamma(int norm) { Residual<P>::load_gamma(gamma_, args_.norms + (u64)norm * P::HIDDEN); }
   KOGC_DEVICE float* slot(int offset) const { return (float*)(args_.exchange + offset); }
   KOGC_DEVICE int position() const { return args_.start + where_.step; }
   KOGC_DEVICE void mark(Mark what) const { Trace<P>::mark(args_, what); }
@@ -187,10 +199,8 @@ template <class P> class Decoder {
   const KernelArgs& args_;
   Stream<P>& stream_;
   Where where_;
-  int phase_ = QKV, choices_ = 0;
-  i32 token_ = 0, stop_ = 0;
+  int phase_ = QKV;
   u32 parity_ = 0, combined_parity_ = 0;
-  u64 best_ = 0;
   Quad gamma_[Residual<P>::OWN];  // of the next norm
 };
 

@@ -14,6 +14,7 @@ template <class P> class AttentionCore {
 
  public:
   KOGC_DEVICE void fetch(const u16* chunk) { chunk_ = chunk; }
+  KOGC_DEVICE void fetch_rest(const u16*) {}
 
   KOGC_DEVICE void store_query(int head, int d, float v) {  // head after head
     query_[head][place(d)] = v;

@@ -11,12 +11,17 @@ template <class P> KOGC_DEVICE char* scratch() { return shared() + P::ACTIVATION
 template <class P> class AttentionCore {
   static constexpr int DIM = P::HEAD_DIM, ROW = DIM + 8;  // padded row of a query: rows of a fragment in different banks
   static constexpr int HEADS = P::HEADS_PER_BLOCK, OUT = DIM + 4;
+  static constexpr bool LATE_VALUES = P::QK_NORM && DIM >= 128;
 
  public:
-  // Keys and values of this warp's 16 positions of a chunk, on their way before the query is known.
+  // Keys and values of this warp's 16 positions of a chunk, on their way before the query is known; where norms need the
+  // registers, the values only after the query.
   KOGC_DEVICE void fetch(const u16* chunk) {
     fetch_keys(chunk);
-    fetch_values(chunk);
+    if constexpr (!LATE_VALUES) fetch_values(chunk);
+  }
+  KOGC_DEVICE void fetch_rest(const u16* chunk) {
+    if constexpr (LATE_VALUES) fetch_values(chunk);
   }
 
   KOGC_DEVICE void store_query(int head, int d, float v) {
@@ -45,11 +50,12 @@ template <class P> class AttentionCore {
       scores(p, base, lowest, position);
       softmax(p, keep);
     }
-    if (following) fetch_keys(following);
+    if (!LATE_VALUES && following) fetch_keys(following);
     if (any) {
       insert_value(position - base);
       accumulate(p, keep);
     }
+    if (LATE_VALUES && following) fetch_keys(following);
     if (following) fetch_values(following);
   }
 

@@ -128,7 +128,7 @@ KOGC_DEVICE bool barrier_passed(Barrier* b, u32 parity) {
 }
 using CachePolicy = u64;
 KOGC_DEVICE CachePolicy read_once() { return 0; }
-KOGC_DEVICE void bulk_copy(void* to, const void* from, int bytes, Barrier* b, CachePolicy) { emulated::start_copy(to, from, bytes, counting(b)); }
+KOGC_DEVICE void bulk_copy(void* to, const void* from, int bytes, Barrier* b, CachePolicy policy) { emulated::start_copy(to, from, bytes, counting(b)); }
 KOGC_DEVICE void bulk_prefetch(const void* from, int bytes) {
   if (((size_t)from | (size_t)bytes) % 16) emulated::violation("a prefetch that is not aligned to 16 bytes");
 }
