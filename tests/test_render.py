@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 from emulator import FLAGS, compile_cpp, emulated_headers
 
-from kogc.plan.plan import Options, Plan, make_plan
+from kogc.build import prepare
+from kogc.plan.plan import Knobs, Options, Plan, make_plan
 from kogc.profile import list_profiles, load_profile
 from kogc.render import HEADERS, render
 from kogc.resources import data_dir
@@ -56,6 +57,10 @@ def test_the_source_names_nothing_of_this_machine(profile: str) -> None:
         ("laneformer-2b", "h200-sxm", {}),
         ("mistral-7b-v0.3", "h100-sxm", {"sliding_window": 4096}),
         ("llama-3.1-8b", "h200-sxm", {}),
+        ("llama-3.2-3b", "h200-sxm", {}),
+        ("qwen3-4b", "h200-sxm", {}),
+        ("qwen3-8b", "h200-sxm", {}),
+        ("smollm2-135m", "h200-sxm", {}),
     ],
 )
 def test_cuda_sources_compile_without_a_gpu_and_without_spills(model: str, profile: str, spec: dict) -> None:
@@ -64,6 +69,13 @@ def test_cuda_sources_compile_without_a_gpu_and_without_spills(model: str, profi
     assert cubin[:4] == b"\x7fELF"
     for symbol in (b"kogc_generate", b"kogc_fill", b"kogc_read_ceiling"):
         assert symbol in cubin
+
+
+@pytest.mark.parametrize("model", ["llama-3.2-1b", "qwen3-0.6b", "laneformer-2b"])
+def test_tuned_settings_compile_without_spills(model: str) -> None:
+    prepared = prepare(model, "h200-sxm")
+    assert prepared.plan.knobs != Knobs()  # the tuned file was found
+    assert cuda.compile_binary(render(prepared.plan), prepared.plan)
 
 
 def test_a_source_that_spills_is_refused_with_its_place() -> None:
