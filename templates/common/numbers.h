@@ -25,4 +25,15 @@ KOGC_DEVICE u32 ordered(float v) {
   return w & 0x80000000u ? ~w : w | 0x80000000u;
 }
 
+// Element i of a sequence of dummy weights, uniform in (-1, 1): the same on every target.
+KOGC_DEVICE u32 hash(u32 seed, u64 i) {
+  u32 h = (u32)i * 0x9e3779b1u ^ (u32)(i >> 32) * 0x85ebca77u ^ seed * 0xc2b2ae3du;
+  h ^= h >> 16;
+  h *= 0x7feb352du;
+  h ^= h >> 15;
+  h *= 0x846ca68bu;
+  return h ^ h >> 16;
+}
+KOGC_DEVICE float uniform(u32 seed, u64 i) { return (float)hash(seed, i) * (2.0f / 4294967296.0f) - 1.0f; }
+
 }  // namespace kogc

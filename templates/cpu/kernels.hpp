@@ -79,15 +79,6 @@ template <class P> inline int generate(const KernelArgs& args) {
 }
 
 // --- dummy weights ---------------------------------------------------------------------------------------------------
-KOGC_DEVICE u32 hash(u32 seed, u64 i) {
-  u32 h = (u32)i * 0x9e3779b1u ^ (u32)(i >> 32) * 0x85ebca77u ^ seed * 0xc2b2ae3du;
-  h ^= h >> 16;
-  h *= 0x7feb352du;
-  h ^= h >> 15;
-  h *= 0x846ca68bu;
-  return h ^ h >> 16;
-}
-
 struct Fill {
   u16* to;
   u64 n;
@@ -99,7 +90,7 @@ struct Fill {
     const Fill f = *(const Fill*)task.team->context;
     const u64 end = f.n * (task.index + 1) / task.team->count;
     for (u64 i = f.n * task.index / task.team->count; i < end; i++) {
-      const float v = ((float)hash(f.seed, i) * (2.0f / 4294967296.0f) - 1.0f) * f.amplitude;
+      const float v = uniform(f.seed, i) * f.amplitude;
       f.to[i] = from_float<FP16>(v);
     }
   }

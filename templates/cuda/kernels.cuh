@@ -32,20 +32,11 @@ template <class P> KOGC_DEVICE void generate(const KernelArgs& args) {
   if (thread() == 0) *Ring<P>::finished() = 1;
 }
 
-KOGC_DEVICE u32 hash(u32 seed, u64 i) {
-  u32 h = (u32)i * 0x9e3779b1u ^ (u32)(i >> 32) * 0x85ebca77u ^ seed * 0xc2b2ae3du;
-  h ^= h >> 16;
-  h *= 0x7feb352du;
-  h ^= h >> 15;
-  h *= 0x846ca68bu;
-  return h ^ h >> 16;
-}
-
 // to[i] = uniform in (-amplitude, amplitude)
 KOGC_DEVICE void fill(u16* to, u64 n, u32 seed, float amplitude, int fp16) {
   const u64 stride = (u64)block_count() * block_threads();
   for (u64 i = (u64)block() * block_threads() + thread(); i < n; i += stride) {
-    const float v = ((float)hash(seed, i) * (2.0f / 4294967296.0f) - 1.0f) * amplitude;
+    const float v = uniform(seed, i) * amplitude;
     to[i] = fp16 ? float_to_half(v) : float_to_bf16(v);
   }
 }
