@@ -1,4 +1,4 @@
-"""Render a plan into the one source of its monokernel: constants, the order of phases, the headers it stands on."""
+"""Render a plan into the one source of its monokernel: its constants, and the headers it stands on."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 // One step of decoding, as every target runs it: mat-vec phases one after the other, each with its own input and output.
 // The target brings matvec() (products of this block's rows) and AttentionCore (products with keys and values).
 //
-// The phases share one loop, and with it one instance of the code of a mat-vec, a norm and a gather: a step runs through
-// all of its code once a layer, and code that does not fit the instruction cache costs more than a few selects.
+// The phases share one loop, and with it one instance of the code of a mat-vec, a norm and a gather: half the code, and
+// registers that one phase's addresses cannot take from another.
 #pragma once
 
 namespace kogc {
@@ -44,7 +44,6 @@ template <class P> class Decoder {
  private:
   static constexpr bool PAIRS = !P::FP16 && P::FFN % 8 == 0;  // the widest vector crosses as two BF16 values a word
   static constexpr int HIDDEN_WORDS = PAIRS ? P::FFN / 2 : P::FFN;
-
   static constexpr bool EARLY_GAMMA = !(P::QK_NORM && P::HEAD_DIM >= 128);  // there, attention needs the registers
 
   // Brings the phase's activation into shared memory, from what the blocks have put.

@@ -7,7 +7,7 @@
 // kind, column 1 for the second, so a row's product is C[row][0] + C[row + 8][1]. In units of 4 rows a fragment's upper
 // four rows are the same rows for the next 32 columns, and B's columns 2 and 3 hold the activation for those.
 //
-// One instance serves all phases: a step runs its code front to back, so code that is not shared is fetched anew.
+// One instance serves all phases; what differs between them is in a few registers.
 #pragma once
 
 namespace kogc {
