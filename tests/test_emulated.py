@@ -87,7 +87,13 @@ CASES = {
     "planted": Case("llama", 5, TINY, stages=3, tokens=4),
     # Splits that combine while gathering, then in a step of its own; a later chunk while an earlier one is used.
     "combine": Case("llama", 8, SMALL, tokens=262, knobs={"gather_splits": 1}),
-    "gather-two": Case("qwen3", 4, SMALL, tokens=270),
+    "gather-two": Case("qwen3", 4, SMALL, tokens=270, knobs={"gather_splits": 2}),
+    # Two chunks a turn, so that a split meets both sides of a turn's end.
+    "turns": Case(
+        "llama", 4, {**SMALL, "max_position_embeddings": 1024}, tokens=660, knobs={"turn": 2}, seeds=(1,)
+    ),
+    # Norms of queries at the widest head: values and norm weights are fetched late, and a chunk follows.
+    "late-values": Case("qwen3", 2, {**SMALL, "head_dim": 128, "num_hidden_layers": 2}, tokens=140, seeds=(1,)),
     "one-split": Case("llama", 2, SMALL, tokens=270),
     # A window that leaves chunks behind, so that the first split is any of the three.
     "long-window": Case(
