@@ -29,7 +29,6 @@ from .artifact import (
     WEIGHTS,
     FileEntry,
     Manifest,
-    Operand,
     Weights,
     Writer,
     check_replaceable,
@@ -51,12 +50,6 @@ if TYPE_CHECKING:
     from .checkpoint import Checkpoint
     from .render import Rendered
 
-LAYOUTS = {
-    "slabs": "a slab per block: layers of qkv, o, gate_up, down, then head; units of [columns/32][rows][32]",
-    "norms": "input and post-attention norm of each layer, then the final norm",
-    "qk_norms": "query norm, key norm of each layer",
-    "qkv_bias": "query, key, value rows of each layer",
-}
 SUFFIX = {"cuda": ".cu", "cpu": ".cpp"}
 
 
@@ -334,10 +327,7 @@ class _Job:
             threads=targets.THREADS[plan.target],
             shared_memory=plan.memory.bytes if plan.target == "cuda" else 0,
             entry_points=targets.ENTRY_POINTS,
-            operands=tuple(
-                Operand(o.name, o.dtype, o.shape, o.offset, o.bytes, LAYOUTS.get(o.name, "row major"))
-                for o in operands(plan)
-            ),
+            operands=tuple(operands(plan)),
             weights=weights,
             weights_bytes=total_bytes(plan),
             slab_bytes=plan.slab_bytes,

@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from . import rope
+from .artifact import Operand
 from .checkpoint import EMBEDDING, F32, FINAL_NORM, HEAD, Bits, Checkpoint, layer_name, to_float32
 from .errors import KogcError
 from .plan.matvec import MatVec, round_up
@@ -31,20 +32,15 @@ LANE = 32  # columns that lie together
 JOB_BYTES = 1 << 23
 THREADS = 4
 ITEM_BYTES = {"uint8": 1, "uint16": 2, "float32": 4}
+LAYOUTS = {
+    "slabs": "a slab per block: layers of qkv, o, gate_up, down, then head; units of [columns/32][rows][32]",
+    "norms": "input and post-attention norm of each layer, then the final norm",
+    "qk_norms": "query norm, key norm of each layer",
+    "qkv_bias": "query, key, value rows of each layer",
+}
 
 Progress = Callable[[int, int], None]
 Read = Callable[[int, int], bytes]
-
-
-@dataclass(frozen=True)
-class Operand:
-    """One array in the weights file: dtype in numpy's names, offset and size in bytes."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    offset: int
-    bytes: int
 
 
 def operands(plan: Plan) -> list[Operand]:
@@ -64,7 +60,7 @@ def operands(plan: Plan) -> list[Operand]:
     offset = 0
     for name, dtype, shape in arrays:
         size = math.prod(shape) * ITEM_BYTES[dtype]
-        out.append(Operand(name, dtype, shape, offset, size))
+        out.append(Operand(name, dtype, shape, offset, size, LAYOUTS.get(name, "row major")))
         offset = round_up(offset + size, ALIGN)
     return out
 

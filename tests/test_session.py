@@ -21,7 +21,6 @@ from toy_kernel import Status, ToyDriver, ToyKernel, ToyLibrary, continuation, n
 
 import kogc
 from kogc import artifact, rope, session, targets
-from kogc.artifact import Operand
 from kogc.checkpoint import open_checkpoint
 from kogc.errors import KogcError
 from kogc.importer import spec_from_dir
@@ -74,7 +73,7 @@ def make_program(target: str, path: Path, spec: ModelSpec = SPEC, weights: bytes
     (path / "monokernel.bin").write_bytes(b"binary")
     if weights is not None:
         (path / "weights.bin").write_bytes(weights)
-    places = tuple(Operand(o.name, o.dtype, o.shape, o.offset, o.bytes, "") for o in operands(plan))
+    places = tuple(operands(plan))
     frequencies = rope.inv_freq(spec)
     return Program(
         plan=plan,
@@ -432,7 +431,7 @@ def test_reading_past_the_end_is_refused(tmp_path: Path) -> None:
 
 def write_artifact(out: Path, plan: Plan, weights: artifact.Weights) -> None:
     """An artifact as the build writes it, around a binary that only the toy machine runs."""
-    places = tuple(Operand(o.name, o.dtype, o.shape, o.offset, o.bytes, "") for o in operands(plan))
+    places = tuple(operands(plan))
     with artifact.Writer(out) as writer:
         writer.add(artifact.BINARY, b"binary")
         writer.finish(

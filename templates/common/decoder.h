@@ -25,7 +25,7 @@ template <class P> class Decoder {
   KOGC_DEVICE bool step(int step) {
     where_.step = step;
     mark(BEGIN);
-    const i32 token = step < args_.n_prompt ? args_.prompt[step] : *chosen();
+    const i32 token = step < args_.n_prompt ? args_.prompt[step] : words<P>().chosen;
     Residual<P>::load_embedding(args_.embedding + (u64)token * P::HIDDEN);
     where_.layer = 0;
     phase_ = QKV;
@@ -156,26 +156,23 @@ template <class P> class Decoder {
       Spin spin;
       u64 key;
       while (((u32)(key = load_key(keys() + b)) & TAG_MASK) != tag()) spin.step(where_, WAIT_KEYS, tag());
-      if (b == 0) *stop_flag() = (int)(key >> STOP_BIT & 1);
+      if (b == 0) words<P>().stop = (i32)(key >> STOP_BIT & 1);
       best = larger(best, key & ~(u64)(TAG_MASK | 1u << STOP_BIT));
     }
     best = block_maximum(best);
     const i32 token = (i32)(ROW_MASK - ((u32)best >> ROW_SHIFT));
-    if (thread() == 0) *chosen() = token;
+    if (thread() == 0) words<P>().chosen = token;
     if (block() == 0 && thread() == 0) store_host(args_.tokens + where_.step - (args_.n_prompt - 1), token);
-    bool stopped = *stop_flag();
+    bool stopped = words<P>().stop;
     for (int i = 0; i < args_.n_stop; i++) stopped = stopped || token == args_.stop[i];
     sync();
     mark(HEAD_CHOICE);
     return !stopped;
   }
 
-  static KOGC_DEVICE int* stop_flag() { return (int*)((char*)warp_sums<P>() + 192); }
-  static KOGC_DEVICE i32* chosen() { return stop_flag() + 1; }
-
   // The largest key of the block, on every thread.
   KOGC_DEVICE u64 block_maximum(u64 key) {
-    u64* of_warps = (u64*)((char*)warp_sums<P>() + 64);
+    u64(&of_warps)[16] = words<P>().warp_keys;
     for (int m = LANES / 2; m; m /= 2) {
       key = larger(key, shuffle_xor(key, m));
     }

@@ -4,8 +4,6 @@
 
 namespace kogc {
 
-template <class P> KOGC_DEVICE float* warp_sums() { return (float*)(shared() + P::REDUCE_OFFSET); }
-
 // Zeros from column `from` to `to`, where the weights are padded.
 KOGC_DEVICE void clear_activation(u16* x, int from, int to) {
   for (int i = from / 4 + thread(); i < to / 4; i += THREADS) store_activation(x, i, Quad{0, 0});
@@ -82,12 +80,12 @@ template <class P> struct Residual {
  private:
   static KOGC_DEVICE void reduce(float squares) {
     for (int m = LANES / 2; m; m /= 2) squares += shuffle_xor(squares, m);
-    if (lane() == 0) warp_sums<P>()[warp()] = squares;
+    if (lane() == 0) words<P>().warp_sums[warp()] = squares;
   }
 
   static KOGC_DEVICE float inverse_rms() {
     float total = 0;
-    KOGC_UNROLL for (int w = 0; w < WARPS; w++) total += warp_sums<P>()[w];
+    KOGC_UNROLL for (int w = 0; w < WARPS; w++) total += words<P>().warp_sums[w];
     return reciprocal_sqrt(total * (1.0f / P::HIDDEN) + P::NORM_EPS);
   }
 };

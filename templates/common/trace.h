@@ -16,10 +16,10 @@ template <class P> struct Trace {
     if constexpr (P::TRACE) {
       if (thread() != 0 || !args.trace) return;
       u64* events = args.trace + (u64)block() * (1 + P::TRACE_EVENTS);
-      const u32 count = counters()[1], waited = counters()[0];
+      const u32 count = words<P>().events, waited = words<P>().waited;
       if (count >= P::TRACE_EVENTS) return;
-      counters()[0] = 0;
-      counters()[1] = count + 1;
+      words<P>().waited = 0;
+      words<P>().events = count + 1;
       events[1 + count] = ((u64)clock_cycles() & ((1ull << 36) - 1)) << 28 | (u64)(waited & 0xfffff) << 8 | what;
       events[0] = count + 1;
     }
@@ -33,13 +33,9 @@ template <class P> struct Trace {
     }
     KOGC_DEVICE ~Waiting() {
       if constexpr (P::TRACE)
-        if (thread() == 0) counters()[0] += (u32)(clock_cycles() - since);
+        if (thread() == 0) words<P>().waited += (u32)(clock_cycles() - since);
     }
   };
-
- private:
-  // Cycles waited since the last event, and events so far.
-  static KOGC_DEVICE u32* counters() { return (u32*)(shared() + P::REDUCE_OFFSET + 264); }
 };
 
 }  // namespace kogc

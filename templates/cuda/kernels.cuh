@@ -29,7 +29,7 @@ template <class P> KOGC_DEVICE void generate(const KernelArgs& args) {
   for (int step = 0; step < steps; step++)
     if (!decoder.step(step)) break;
   sync();
-  if (thread() == 0) *Ring<P>::finished() = 1;
+  if (thread() == 0) words<P>().finished = 1;
 }
 
 // to[i] = uniform in (-amplitude, amplitude)

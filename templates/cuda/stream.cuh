@@ -9,9 +9,6 @@ template <class P> struct Ring {
   static KOGC_DEVICE char* stage(int slot) { return shared() + P::RING_OFFSET + slot * P::STAGE_BYTES; }
   static KOGC_DEVICE Barrier* full(int slot) { return (Barrier*)(shared() + P::BARRIER_OFFSET) + slot; }
   static KOGC_DEVICE Barrier* empty(int slot) { return full(slot) + P::STAGES; }
-  // Whether the consumers wait for other blocks: polls queue behind copies, so fewer are kept in flight then.
-  static KOGC_DEVICE volatile int* exchanging() { return (volatile int*)(shared() + P::REDUCE_OFFSET + 260); }
-  static KOGC_DEVICE volatile int* finished() { return (volatile int*)(shared() + P::REDUCE_OFFSET + 256); }
 
   static KOGC_DEVICE void init() {
     if (thread() == 0) {
@@ -19,7 +16,10 @@ template <class P> struct Ring {
         barrier_init(full(i), 1);
         barrier_init(empty(i), WARPS);
       }
-      finished()[0] = exchanging()[0] = finished()[2] = finished()[3] = 0;  // the last two are counters of a tracing build (common/trace.h)
+      BlockWords& w = words<P>();
+      w.finished = 0;
+      w.exchanging = 0;
+      w.waited = w.events = 0;
       barrier_init_done();
     }
     sync_block();
@@ -55,7 +55,7 @@ template <class P> class Producer {
     while (from < end) {
       const int bytes = end - from < P::STAGE_BYTES ? (int)(end - from) : P::STAGE_BYTES;
       if (!wait_empty(from)) return false;
-      while (in_flight_ >= (*Ring<P>::exchanging() ? P::IN_FLIGHT_EXCHANGE : cap)) retire();
+      while (in_flight_ >= (words<P>().exchanging ? P::IN_FLIGHT_EXCHANGE : cap)) retire();
       barrier_expect(Ring<P>::full(head_.slot), bytes);
       bulk_copy(Ring<P>::stage(head_.slot), from, bytes, Ring<P>::full(head_.slot), policy_);
       head_.advance();
@@ -79,7 +79,7 @@ template <class P> class Producer {
     long long last = clock_cycles();
     Spin spin;
     while (!barrier_test(empty, parity)) {  // does not sleep: there is prefetching to do
-      if (*Ring<P>::finished()) return false;
+      if (words<P>().finished) return false;
       if (P::PREFETCH && ahead_ < next + P::PREFETCH * P::STAGE_BYTES && ahead_ + P::STAGE_BYTES <= end_ &&
           clock_cycles() - last >= P::PACE) {
         bulk_prefetch(ahead_, P::STAGE_BYTES);
@@ -108,7 +108,7 @@ template <class P> class Producer {
 
 template <class P> using Stream = Cursor<P>;
 
-template <class P> KOGC_DEVICE void exchange_begins() { if (thread() == 0) *Ring<P>::exchanging() = 1; }
-template <class P> KOGC_DEVICE void exchange_ends() { if (thread() == 0) *Ring<P>::exchanging() = 0; }
+template <class P> KOGC_DEVICE void exchange_begins() { if (thread() == 0) words<P>().exchanging = 1; }
+template <class P> KOGC_DEVICE void exchange_ends() { if (thread() == 0) words<P>().exchanging = 0; }
 
 }  // namespace kogc
