@@ -14,14 +14,16 @@ from .resources import data_dir
 # Where a header of the generated source is found, in the order of inclusion; `{target}` is the target's directory.
 HEADERS = {
     "cuda": (
-        "common/args.h", "cuda/machine.cuh", "common/spin.h", "common/numbers.h", "common/exchange.h",
-        "common/partition.h", "common/words.h", "common/trace.h", "cuda/stream.cuh", "cuda/matvec.cuh",
-        "common/residual.h", "cuda/attention.cuh", "common/attention.h", "common/splits.h", "common/decoder.h", "cuda/kernels.cuh",
+        "common/args.h", "cuda/machine.cuh", "common/spin.h", "common/numbers.h",
+        "common/exchange.h", "common/partition.h", "common/words.h", "common/trace.h",
+        "cuda/stream.cuh", "cuda/matvec.cuh", "common/residual.h", "cuda/attention.cuh",
+        "common/attention.h", "common/splits.h", "common/decoder.h", "cuda/kernels.cuh",
     ),
     "cpu": (
-        "common/args.h", "cpu/machine.hpp", "common/spin.h", "common/numbers.h", "common/exchange.h",
-        "common/partition.h", "common/words.h", "common/trace.h", "cpu/stream.hpp", "cpu/matvec.hpp",
-        "common/residual.h", "cpu/attention.hpp", "common/attention.h", "common/splits.h", "common/decoder.h", "cpu/kernels.hpp",
+        "common/args.h", "cpu/machine.hpp", "common/spin.h", "common/numbers.h",
+        "common/exchange.h", "common/partition.h", "common/words.h", "common/trace.h",
+        "cpu/stream.hpp", "cpu/matvec.hpp", "common/residual.h", "cpu/attention.hpp",
+        "common/attention.h", "common/splits.h", "common/decoder.h", "cpu/kernels.hpp",
     ),
 }  # fmt: skip
 SUFFIX = {"cuda": "cu", "cpu": "cpp"}
