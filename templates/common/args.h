@@ -32,6 +32,6 @@ struct KernelArgs {
 };
 
 // Places where the kernel waits, as they appear in a stall report.
-enum Site { STAGE_FULL, STAGE_EMPTY, WAIT_QKV, WAIT_PARTIAL, WAIT_ATTENTION, WAIT_O, WAIT_HIDDEN, WAIT_DOWN, WAIT_KEYS };
+enum Site { STAGE_FULL, STAGE_EMPTY, WAIT_QKV, WAIT_PARTIAL, WAIT_ATTENTION, WAIT_O, WAIT_HIDDEN, WAIT_DOWN, WAIT_KEYS, CACHE_WRITTEN };
 
 }  // namespace kogc

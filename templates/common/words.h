@@ -7,12 +7,24 @@ struct BlockWords {
   float warp_sums[16];   // a norm's sums, one a warp
   u64 warp_keys[16];     // the choice's keys, one a warp
   i32 stop, chosen;      // whether the host asks to stop; the token chosen last
-  i32 unused[14];        // what consumers and producer share lies in a line of its own
+  Work work[HEAD + 1];   // this block's share of each phase: read, it costs a tenth of what deriving it costs
+  i32 unused[6];        // what consumers and producer share lies in a line of its own
   volatile i32 finished;    // the generation has ended
   volatile i32 exchanging;  // the consumers wait for other blocks: polls queue behind copies, so fewer are kept in flight
+  u32 attended;          // layers, over all steps, whose new key and value are in the cache
   u32 waited, events;    // of a tracing build: cycles waited for weights since the last event, and events so far
 };
 
 template <class P> KOGC_DEVICE BlockWords& words() { return *(BlockWords*)(shared() + P::REDUCE_OFFSET); }
+
+// Once, by every thread of a block; a barrier must follow.
+template <class P> KOGC_DEVICE void init_words() {
+  BlockWords& w = words<P>();
+  for (int phase = thread(); phase <= HEAD; phase += THREADS) w.work[phase] = work_of<P>(phase);
+  if (thread() != 0) return;
+  w.finished = 0;
+  w.exchanging = 0;
+  w.attended = w.waited = w.events = 0;
+}
 
 }  // namespace kogc
