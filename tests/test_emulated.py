@@ -262,7 +262,7 @@ def test_emulated_16_bit_numbers_round_as_numpy_does(tmp_path: Path) -> None:
 
 # Each is one small change of the kernel that its tests must notice.
 BUGS = {
-    "a stage used before it has arrived": ("cuda/matvec.cuh", "if (taken_ == 0) wait_full<P>(cursor_, where_);", ""),
+    "a stage used before it has arrived": ("cuda/matvec.cuh", "if (taken_ == 0) wait_full<P>(stream, where);", ""),
     "a stage overwritten while it is read": ("cuda/stream.cuh", "if (!wait_empty(next)) return false;", ""),
     "a stage released before it is read": ("cuda/stream.cuh", "if (lane() == 0) barrier_arrive", "barrier_arrive"),
     "a tile used before it has arrived": ("cuda/attention.cuh", "wait_full<P, Tiles<P>::MOST_STAGES>(stream, stages, where);", ""),
@@ -284,7 +284,7 @@ BUGS = {
         "barrier_expect(Ring<P>::full(head_.slot), bytes)",
         "barrier_expect(Ring<P>::full(head_.slot), 2 * bytes)",
     ),
-    "a new key that only its cache sees": ("cuda/attention.cuh", "insert_key(k, position - base);", ""),
+    "a new key that only its cache sees": ("cuda/attention.cuh", "insert_key(position - base);", ""),
 }
 
 

@@ -37,7 +37,7 @@ def attention_scratch(head_dim: int, heads: int) -> int:
     """Bytes of an attention block: query rows (high and low halves), the new key and value, the warps' outputs."""
     query = 2 * HEAD_TILE * (head_dim + ROW_PAD) * 2
     new = 2 * head_dim * 2
-    outputs = WARPS * heads * (head_dim + 4) * 4
+    outputs = WARPS * round_up(heads, 2) * (head_dim + 4) * 4
     return max(query + new + outputs, COMBINE_BYTES)
 
 

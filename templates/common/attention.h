@@ -105,41 +105,52 @@ KOGC_DEVICE void prepare(const KernelArgs& args, AttentionCore<P>& core, int kv_
   }
 }
 
-// This block's part of attention: every split of a unit puts a partial output, an empty one where it has no chunk, so that
-// the parity of every word changes with every layer.
+// One unit of attention on one of its splits. Every split puts a partial output, an empty one where it has no chunk, so
+// that the parity of every word changes with every layer.
+template <class P>
+KOGC_DEVICE void attend(Stream<P>& stream, const KernelArgs& args, int unit, int split, int position, u32 parity, const Where& where) {
+  const int kv_head = unit / P::HEAD_TILES, tile = unit % P::HEAD_TILES;
+  const int first_head = kv_head * P::GROUP + tile * P::HEADS_PER_BLOCK;
+  const int left = P::GROUP - tile * P::HEADS_PER_BLOCK, heads = left < P::HEADS_PER_BLOCK ? left : P::HEADS_PER_BLOCK;
+  const Span<P> ahead(position, P::window(where.layer));
+  if (ahead.first_chunk(split) >= ahead.end) {
+    constexpr int VECTORS = P::HEAD_DIM / 4 + 1;
+    for (int i = thread(); i < heads * VECTORS; i += THREADS) {
+      const bool sums = i % VECTORS == VECTORS - 1;
+      put_vector(partial_address<P>(args.exchange, first_head + i / VECTORS, split) + i % VECTORS * 4, {sums ? LOWEST : 0, 0, 0, 0}, parity);
+    }
+    return;
+  }
+  AttentionCore<P> core;
+  core.load_keys(stream, ahead.first_chunk(split), position, where);
+  prepare<P>(args, core, kv_head, first_head, heads, position, ahead.owner(position) == split, parity, where);
+  sync();
+  Trace<P>::mark(args, QUERY);
+  const Span<P> span(opaque(position), P::window(where.layer));  // opaque: not kept while the query is awaited
+  for (int chunk = span.first_chunk(split);;) {
+    core.multiply(stream, chunk_address<P>(args.kv, where.layer, kv_head, chunk), chunk, span.lowest, position);
+    chunk = span.next_chunk(chunk);
+    if (chunk >= span.end) break;
+    core.load_keys(stream, chunk, position, where);
+  }
+  core.finish(heads);
+  sync();
+  Trace<P>::mark(args, ATTENTION_PRODUCTS);
+  core.outputs(heads, [&](int head, int d, const float (&four)[4]) {
+    put_vector(partial_address<P>(args.exchange, first_head + head, split) + d, four, parity);
+  });
+  sync();
+  Trace<P>::mark(args, ATTENTION_PUT);
+}
+
+// This block's part of attention.
 template <class P>
 KOGC_DEVICE void attend(Stream<P>& stream, const KernelArgs& args, int position, u32 parity, const Where& where) {
-  const Span<P> span(position, P::window(where.layer));
-  const int split = Units<P>::split();
-  for (int unit = Units<P>::first(); unit < Units<P>::COUNT; unit += Units<P>::STRIDE) {
-    const int kv_head = unit / P::HEAD_TILES, tile = unit % P::HEAD_TILES;
-    const int first_head = kv_head * P::GROUP + tile * P::HEADS_PER_BLOCK;
-    const int left = P::GROUP - tile * P::HEADS_PER_BLOCK, heads = left < P::HEADS_PER_BLOCK ? left : P::HEADS_PER_BLOCK;
-    const int first = span.first_chunk(split);
-    if (first >= span.end) {
-      constexpr int VECTORS = P::HEAD_DIM / 4 + 1;
-      for (int i = thread(); i < heads * VECTORS; i += THREADS) {
-        const bool sums = i % VECTORS == VECTORS - 1;
-        put_vector(partial_address<P>(args.exchange, first_head + i / VECTORS, split) + i % VECTORS * 4, {sums ? LOWEST : 0, 0, 0, 0}, parity);
-      }
-      continue;
-    }
-    AttentionCore<P> core;
-    const bool owner = span.owner(position) == split;
-    prepare<P>(args, core, kv_head, first_head, heads, position, owner, parity, where);
-    sync();
-    core.load_queries();
-    Trace<P>::mark(args, QUERY);
-    for (int chunk = first; chunk < span.end; chunk = span.next_chunk(chunk))
-      core.chunk(stream, chunk_address<P>(args.kv, where.layer, kv_head, chunk), chunk * CHUNK, span.lowest, position, where);
-    core.finish(heads);
-    sync();
-    Trace<P>::mark(args, ATTENTION_PRODUCTS);
-    core.outputs(heads, [&](int head, int d, const float (&four)[4]) {
-      put_vector(partial_address<P>(args.exchange, first_head + head, split) + d, four, parity);
-    });
-    sync();
-    Trace<P>::mark(args, ATTENTION_PUT);
+  if constexpr (Units<P>::COUNT <= Units<P>::STRIDE) {  // the same without a loop, whose count would take a register
+    if (Units<P>::first() < Units<P>::COUNT) attend(stream, args, Units<P>::first(), Units<P>::split(), position, parity, where);
+  } else {
+    for (int unit = Units<P>::first(); unit < Units<P>::COUNT; unit += Units<P>::STRIDE)
+      attend(stream, args, unit, Units<P>::split(), position, parity, where);
   }
   cache_written<P>(where);
 }

@@ -32,6 +32,7 @@ template <class P> class Decoder {
 #pragma unroll 1
     while (phase_ < HEAD || (phase_ == HEAD && Generation<P>::needs_head(args_, step))) {
       exchange_begins<P>();
+      if (phase_ != O) products_.begin(stream_, words<P>().work[phase_], where_);
       input();
       exchange_ends<P>();
       if (phase_ == QKV) parity_ ^= 1;
@@ -65,8 +66,9 @@ template <class P> class Decoder {
   }
 
   KOGC_DEVICE void attention() {
-    const Span<P> span(position(), P::window(where_.layer));
     attend<P>(stream_, args_, position(), parity_, where_);
+    products_.begin(stream_, words<P>().work[O], where_);  // not before: keys and values lie ahead of its weights
+    const Span<P> span(opaque(position()), P::window(where_.layer));  // opaque: not kept from attend() on
     if (span.active() <= P::GATHER_SPLITS) {
       gather_partials<P>(args_, span, activation<P>(), parity_, where_);
       clear_activation(activation<P>(), P::Q_ROWS, P::O::COLUMNS_PADDED);
@@ -90,14 +92,11 @@ template <class P> class Decoder {
     const int mine = work.first + ROWS_TOGETHER * thread();
     Quad early = {};  // the bias of this thread's first rows, on its way before it is needed
     if (P::QKV_BIAS && phase_ == QKV && mine < work.rows) early = *(const Quad*)(bias + mine);
-    float scale = PAIRS && phase_ == DOWN ? PAIR_UNSCALE : 1.0f;
-    const auto prepare = [&] {
-      mark(products_mark());
-      if (normalised) scale = Residual<P>::scale();
-    };
-    matvec<P>(stream_, work, where_, prepare, [&](int i, const float (&sums)[ROWS_TOGETHER]) {
+    const auto multiplied = [&] { mark(products_mark()); };
+    products_.run(stream_, where_, multiplied, [&](int i, const float (&sums)[ROWS_TOGETHER]) {
       const int row = work.first + i;
       if (row >= work.rows) return;
+      const float scale = normalised ? Residual<P>::scale() : PAIRS && phase_ == DOWN ? PAIR_UNSCALE : 1.0f;
       float y[ROWS_TOGETHER];
       KOGC_UNROLL for (int e = 0; e < ROWS_TOGETHER; e++) y[e] = sums[e] * scale;
       if (phase_ == GATE_UP) {  // rows alternate: gate 0, up 0, gate 1, up 1, ...
@@ -192,6 +191,7 @@ template <class P> class Decoder {
   const KernelArgs& args_;
   Stream<P>& stream_;
   Where where_;
+  MatVec<P> products_;
   int phase_ = QKV;
   u32 parity_ = 0, combined_parity_ = 0;
 };

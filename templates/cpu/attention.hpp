@@ -17,12 +17,13 @@ template <class P> class AttentionCore {
     query_[head][place(d)] = v;
     heads_ = head + 1;
   }
-  KOGC_DEVICE void load_queries() {}
   KOGC_DEVICE void store_key(u16* chunk, int row, int d, u16 v) { chunk[row * DIM + d] = v; }
   KOGC_DEVICE void store_value(u16* chunk, int row, int d, u16 v) { chunk[(CHUNK + row) * DIM + d] = v; }
 
-  KOGC_DEVICE void chunk(Stream<P>&, const u16* chunk, int first_position, int lowest, int position, const Where&) {
-    chunk_ = chunk;
+  KOGC_DEVICE void load_keys(const Stream<P>&, int, int, const Where&) {}
+  KOGC_DEVICE void multiply(Stream<P>&, const u16* keys, int chunk, int lowest, int position) {
+    chunk_ = keys;
+    const int first_position = chunk * CHUNK;
     const int first = lowest > first_position ? lowest - first_position : 0;
     const int last = position - first_position < CHUNK - 1 ? position - first_position : CHUNK - 1;
     for (int h = 0; h < heads_; h++) {

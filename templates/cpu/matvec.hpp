@@ -62,18 +62,26 @@ template <class P, int UNIT> KOGC_DEVICE void multiply_unit(const u8*& at, const
     for (int r = 0; r < 4; r++) y[r] += y[r + 4];
 }
 
-// y = W x for this block's rows. `prepare()` runs once before the first result; `result(i, y)` gets the block's rows
+// y = W x for this block's rows. `multiplied()` runs once before the first result; `result(i, y)` gets the block's rows
 // i .. i + 3.
-template <class P, class Prepare, class Result>
-KOGC_DEVICE void matvec(Stream<P>& stream, const Work& work, const Where&, Prepare prepare, Result result) {
-  prepare();
-  for (int unit = 0; unit < work.units; unit++) {
-    float y[8];
-    if (work.unit == 8) multiply_unit<P, 8>(stream.at, activation<P>(), work.columns, y);
-    else multiply_unit<P, 4>(stream.at, activation<P>(), work.columns, y);
-    for (int r = 0; r < work.unit; r += ROWS_TOGETHER) result(unit * work.unit + r, (const float(&)[ROWS_TOGETHER])y[r]);
+template <class P> class MatVec {
+ public:
+  KOGC_DEVICE void begin(Stream<P>&, const Work& work, const Where&) { work_ = work; }
+
+  template <class Multiplied, class Result>
+  KOGC_DEVICE void run(Stream<P>& stream, const Where&, Multiplied multiplied, Result result) {
+    multiplied();
+    for (int unit = 0; unit < work_.units; unit++) {
+      float y[8];
+      if (work_.unit == 8) multiply_unit<P, 8>(stream.at, activation<P>(), work_.columns, y);
+      else multiply_unit<P, 4>(stream.at, activation<P>(), work_.columns, y);
+      for (int r = 0; r < work_.unit; r += ROWS_TOGETHER) result(unit * work_.unit + r, (const float(&)[ROWS_TOGETHER])y[r]);
+    }
+    read_next(stream.at);
   }
-  read_next(stream.at);
-}
+
+ private:
+  Work work_ = {};
+};
 
 }  // namespace kogc

@@ -10,7 +10,8 @@ template <class P> KOGC_DEVICE char* scratch() { return shared() + P::ACTIVATION
 
 template <class P> class AttentionCore {
   static constexpr int DIM = P::HEAD_DIM, ROW = DIM + 16;  // padded row of a query: rows of a fragment in different banks
-  static constexpr int HEADS = P::HEADS_PER_BLOCK, OUT = DIM + 4, STEPS = DIM / 16;
+  static constexpr int HEADS = P::HEADS_PER_BLOCK, OUT = DIM + 4, PAIRS = (HEADS + 1) / 2, STEPS = DIM / 16;
+  struct alignas(8) Pair { float a, b; };
 
  public:
   KOGC_DEVICE void store_query(int head, int d, float v) {
@@ -18,14 +19,6 @@ template <class P> class AttentionCore {
     queries()[head * ROW + d] = high;
     queries()[(8 + head) * ROW + d] = float_to_bf16(v - bf16_to_float(high));
   }
-  KOGC_DEVICE void load_queries() {
-    const u16* from = queries() + row() * ROW + column() * 2;
-    KOGC_UNROLL for (int s = 0; s < STEPS; s++) {
-      q_[0][s] = *(const Quad*)(from + s * 16);
-      q_[1][s] = *(const Quad*)(from + 8 * ROW + s * 16);
-    }
-  }
-
   // A tile holds 16 positions: keys, then values, in fragments of 16 dimensions, each in the order in which lanes load it.
   KOGC_DEVICE void store_key(u16* chunk, int row, int d, u16 v) {
     new_key()[d] = v;
@@ -38,56 +31,66 @@ template <class P> class AttentionCore {
     chunk[row / 16 * (32 * DIM) + 16 * DIM + (d / 16 * 32 + owner) * 8 + element] = v;
   }
 
-  // One chunk of the cache, from the ring: each warp multiplies its tile.
-  KOGC_DEVICE void chunk(Stream<P>& stream, const u16*, int first_position, int lowest, int position, const Where& where) {
-    constexpr int IN_STAGE = Tiles<P>::IN_STAGE;
-    const int stages = (Tiles<P>::in_use(first_position / CHUNK, position) + IN_STAGE - 1) / IN_STAGE;
-    const int base = first_position + warp() * 16;
-    wait_full<P, Tiles<P>::MOST_STAGES>(stream, stages, where);
+  // A chunk of the cache, from the ring, a tile to a warp: its keys are loaded before the query is there.
+  KOGC_DEVICE void load_keys(const Stream<P>& stream, int chunk, int position, const Where& where) {
+    wait_full<P, Tiles<P>::MOST_STAGES>(stream, stages(chunk, position), where);
+    const Words* from = fragments(stream);
+    KOGC_UNROLL for (int s = 0; s < STEPS; s++) k_[s] = from[s * 32];
+  }
+  KOGC_DEVICE void multiply(Stream<P>& stream, const u16*, int chunk, int lowest, int position) {
+    const int base = chunk * CHUNK + warp() * 16;
     if (base <= position && base + 15 >= lowest) {
-      Stream<P> mine = stream;
-      mine.advance(warp() / IN_STAGE);
-      tile(Ring<P>::stage(mine.slot) + warp() % IN_STAGE * Tiles<P>::BYTES, base, lowest, position);
+      const Words* from = fragments(stream) + STEPS * 32;
+      Words v[STEPS];
+      float p[4], keep[2];
+      insert_key(position - base);
+      scores(p, base, lowest, position);
+      KOGC_UNROLL for (int j = 0; j < STEPS; j++) v[j] = from[j * 32];
+      softmax(p, keep);
+      insert_value(v, position - base);
+      accumulate(p, keep, v);
     }
-    give_back(stream, stages);
+    give_back(stream, stages(chunk, position));
   }
 
-  // This warp's sums and outputs, to where all warps' meet.
+  // This warp's sums and outputs, to where all warps' meet. The heads of a lane's two columns lie side by side.
   KOGC_DEVICE void finish(int heads) {
     KOGC_UNROLL for (int m = 4; m < 32; m *= 2) KOGC_UNROLL for (int h = 0; h < 2; h++) sum_[h] += shuffle_xor(sum_[h], m);
-    KOGC_UNROLL for (int h = 0; h < 2; h++) {
-      const int head = column() + h;
-      if (head >= heads) continue;
-      float* to = out(warp(), head) + row();
-      KOGC_UNROLL for (int j = 0; j < STEPS; j++) {
-        to[j * 16] = o_[j][h];
-        to[j * 16 + 8] = o_[j][h + 2];
-      }
-      if (row() == 0) {
-        to[DIM] = maximum_[h];
-        to[DIM + 1] = sum_[h];
-      }
+    if (column() >= heads) return;
+    Pair* to = out(warp(), column() / 2) + row();
+    KOGC_UNROLL for (int j = 0; j < STEPS; j++) {
+      to[j * 16] = {o_[j][0], o_[j][1]};
+      to[j * 16 + 8] = {o_[j][2], o_[j][3]};
+    }
+    if (row() == 0) {
+      to[DIM] = {maximum_[0], maximum_[1]};
+      to[DIM + 1] = {sum_[0], sum_[1]};
     }
   }
 
   // Hands each vector of the partial output to `result(head, index, values)`: DIM outputs; maximum, sum, two zeros.
   template <class Result> KOGC_DEVICE void outputs(int heads, Result result) {
     constexpr int VECTORS = OUT / 4;
-    for (int i = thread(); i < heads * VECTORS; i += THREADS) {
-      const int head = i / VECTORS, d = i % VECTORS * 4;
-      float maximum = LOWEST, weights[WARPS], four[4] = {};
-      KOGC_UNROLL for (int w = 0; w < WARPS; w++) weights[w] = out(w, head)[DIM];
-      KOGC_UNROLL for (int w = 0; w < WARPS; w++) maximum = fmaxf(maximum, weights[w]);
+    for (int i = thread(); i < (heads + 1) / 2 * VECTORS; i += THREADS) {
+      const int pair = i / VECTORS, d = i % VECTORS * 4;
+      Pair maximum = {LOWEST, LOWEST}, weights[WARPS], sums[4] = {};
+      KOGC_UNROLL for (int w = 0; w < WARPS; w++) weights[w] = out(w, pair)[DIM];
+      KOGC_UNROLL for (int w = 0; w < WARPS; w++) maximum = {fmaxf(maximum.a, weights[w].a), fmaxf(maximum.b, weights[w].b)};
       KOGC_UNROLL for (int w = 0; w < WARPS; w++) {
-        const Words o = *(const Words*)(out(w, head) + d);
-        const float weight = exp2_fast(weights[w] - maximum);  // zero for a warp without positions, whose outputs are zeros
-        four[0] += weight * (d == DIM ? 0 : as_float(o.x));
-        four[1] += weight * as_float(o.y);
-        four[2] += weight * (d == DIM ? 0 : as_float(o.z));
-        four[3] += weight * (d == DIM ? 0 : as_float(o.w));
+        const Words* two = (const Words*)(out(w, pair) + d);
+        const Words low = two[0], high = two[1];
+        const float a = exp2_fast(weights[w].a - maximum.a), b = exp2_fast(weights[w].b - maximum.b);
+        add(sums[0], a, low.x, b, low.y);
+        add(sums[1], a, low.z, b, low.w);
+        add(sums[2], a, high.x, b, high.y);
+        add(sums[3], a, high.z, b, high.w);
       }
-      if (d == DIM) four[0] = maximum;
-      result(head, d, four);
+      if (d == DIM) {
+        sums[0] = maximum;
+        sums[2] = sums[3] = {0, 0};
+      }
+      result(2 * pair, d, {sums[0].a, sums[1].a, sums[2].a, sums[3].a});
+      if (2 * pair + 1 < heads) result(2 * pair + 1, d, {sums[0].b, sums[1].b, sums[2].b, sums[3].b});
     }
   }
 
@@ -95,34 +98,34 @@ template <class P> class AttentionCore {
   static KOGC_DEVICE u16* queries() { return (u16*)scratch<P>(); }
   static KOGC_DEVICE u16* new_key() { return queries() + 16 * ROW; }
   static KOGC_DEVICE u16* new_value() { return new_key() + DIM; }
-  static KOGC_DEVICE float* out(int warp, int head) { return (float*)(new_value() + DIM) + (warp * HEADS + head) * OUT; }
+  static KOGC_DEVICE Pair* out(int warp, int pair) { return (Pair*)(new_value() + DIM) + (warp * PAIRS + pair) * OUT; }
+  static KOGC_DEVICE void add(Pair& to, float weight_a, u32 a, float weight_b, u32 b) {
+    to.a += weight_a * as_float(a);  // a warp without positions has weight zero and zeros
+    to.b += weight_b * as_float(b);
+  }
   static KOGC_DEVICE int row() { return lane() >> 2; }          // of A and C: a position or dimension; of B: a head
   static KOGC_DEVICE int column() { return (lane() & 3) * 2; }  // first of this lane's two columns of C: heads
 
-  KOGC_DEVICE void tile(const char* from, int base, int lowest, int position) {
-    const Words* fragments = (const Words*)from + lane();
-    Words k[STEPS], v[STEPS];
-    KOGC_UNROLL for (int s = 0; s < STEPS; s++) k[s] = fragments[s * 32];
-    KOGC_UNROLL for (int j = 0; j < STEPS; j++) v[j] = fragments[(STEPS + j) * 32];
-    float p[4], keep[2];
-    insert_key(k, position - base);
-    scores(p, k, base, lowest, position);
-    softmax(p, keep);
-    insert_value(v, position - base);
-    accumulate(p, keep, v);
+  static KOGC_DEVICE int stages(int chunk, int position) {
+    return (Tiles<P>::in_use(chunk, position) + Tiles<P>::IN_STAGE - 1) / Tiles<P>::IN_STAGE;
+  }
+  static KOGC_DEVICE const Words* fragments(const Stream<P>& stream) {
+    Stream<P> mine = stream;
+    mine.advance(warp() / Tiles<P>::IN_STAGE);
+    return (const Words*)(Ring<P>::stage(mine.slot) + warp() % Tiles<P>::IN_STAGE * Tiles<P>::BYTES) + lane();
   }
 
   // The token at hand may not yet be in the copied keys and values: row `r` of these 16, if it is among them.
-  KOGC_DEVICE void insert_key(Words (&k)[STEPS], int r) {
+  KOGC_DEVICE void insert_key(int r) {
     if (r >= 16 || r % 8 != row()) return;
     KOGC_UNROLL for (int s = 0; s < STEPS; s++) {
       const Quad key = *(const Quad*)(new_key() + s * 16 + column() * 2);
       if (r < 8) {
-        k[s].x = key.low;
-        k[s].z = key.high;
+        k_[s].x = key.low;
+        k_[s].z = key.high;
       } else {
-        k[s].y = key.low;
-        k[s].w = key.high;
+        k_[s].y = key.low;
+        k_[s].w = key.high;
       }
     }
   }
@@ -142,10 +145,15 @@ template <class P> class AttentionCore {
   }
 
   // Scores of 16 positions: p[h] for (position row(), head column() + h), p[2 + h] for (position row() + 8, the same).
-  KOGC_DEVICE void scores(float (&p)[4], const Words (&k)[STEPS], int base, int lowest, int position) {
+  KOGC_DEVICE void scores(float (&p)[4], int base, int lowest, int position) {
     float c[2][2][4] = {};  // chains of dependent products
-    KOGC_UNROLL for (int s = 0; s < STEPS; s++) KOGC_UNROLL for (int part = 0; part < 2; part++)
-      mma<false>(c[part][s % 2], k[s].x, k[s].y, k[s].z, k[s].w, q_[part][s].low, q_[part][s].high);
+    KOGC_UNROLL for (int part = 0; part < 2; part++) {  // what BF16 holds of the queries, and what it leaves
+      const u16* from = queries() + (8 * part + (row() < HEADS ? row() : 0)) * ROW + column() * 2;
+      KOGC_UNROLL for (int s = 0; s < STEPS; s++) {
+        const Quad q = *(const Quad*)(from + s * 16);
+        mma<false>(c[part][s % 2], k_[s].x, k_[s].y, k_[s].z, k_[s].w, q.low, q.high);
+      }
+    }
     KOGC_UNROLL for (int i = 0; i < 4; i++) {
       const int at = base + row() + i / 2 * 8;
       p[i] = at >= lowest && at <= position ? (c[0][0][i] + c[0][1][i]) + (c[1][0][i] + c[1][1][i]) : LOWEST;
@@ -180,7 +188,7 @@ template <class P> class AttentionCore {
     }
   }
 
-  Quad q_[2][STEPS];  // queries of head row(), dimensions column() * 2 .. + 3 of each 16: [what BF16 holds, what it leaves]
+  Words k_[STEPS];
   float o_[STEPS][4] = {};  // [16 dimensions]: (row(), column()), (row(), column() + 1), and the same of row() + 8
   float maximum_[2] = {LOWEST, LOWEST}, sum_[2] = {};  // of heads column() and + 1; the sums over this lane's positions only
 };

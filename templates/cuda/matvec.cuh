@@ -24,55 +24,95 @@ KOGC_DEVICE void store_activation(u16* x, int vector, Quad q) {
 
 template <class P> class MatVec {
  public:
-  static constexpr int GROUP = P::GROUP_FRAGMENTS;
-  static constexpr int STAGE_GROUPS = P::STAGE_BYTES / (512 * GROUP * WARPS);  // groups of one warp in a stage
-
-  KOGC_DEVICE MatVec(Stream<P>& cursor, const Work& work, const Where& where)
-      : cursor_(cursor), where_(where), unit_(work.unit), groups_(work.columns * work.unit / (256 * GROUP)) {
-    const int column = lane() >> 2;  // of B
-    weights_ = shared() + P::RING_OFFSET + (warp() * GROUP * 32 + lane()) * 16;
-    x_ = (const char*)activation<P>() + column / 2 * 64 + (lane() & 3) * 16 + column % 2 * 8;
-    holds_x_ = column < 16 / work.unit;
-    holds_sum_ = (lane() & 3) == (unit_ == 8 ? 0 : column / 4);
+  // Before the activation is there: all that does not depend on it, up to this warp's first weights.
+  KOGC_DEVICE void begin(Stream<P>& stream, const Work& work, const Where& where) {
+    units_ = work.units;
+    unit_ = work.unit;
+    groups_ = work.columns * work.unit / (256 * GROUP);
+    free_ = stream.slot;
+    taken_ = freed_ = 0;
+    full_ = false;
+    position_ = warp();
+    first_ = {};  // else what it held would be kept through the phase before
+    if (units_ > 0) load_weights(first_, stream, where);
   }
 
-  // Products of this warp's groups of `units` more units; their partial sums go to shared memory. The weights of a group
-  // are on their way from shared memory while the group before is multiplied.
-  KOGC_DEVICE void multiply(int units) {
+  // y = W x for this block's rows. `multiplied()` runs on every thread, between the products and the first result;
+  // `result(i, y)` gets the block's rows i .. i + 3.
+  template <class Multiplied, class Result>
+  KOGC_DEVICE void run(Stream<P>& stream, const Where& where, Multiplied multiplied, Result result) {
+#pragma unroll 1
+    for (int first = 0; first < units_; first += P::PARTIAL_UNITS) {
+      const int count = units_ - first < P::PARTIAL_UNITS ? units_ - first : P::PARTIAL_UNITS;
+      if (first) {
+        sync();
+        if (position_ < count * groups_) load_weights(first_, stream, where);
+      }
+      multiply(count, stream, where);
+      if (first + count == units_) finish(stream, where);
+      sync();
+      if (first == 0) multiplied();
+#pragma unroll 1
+      for (int row = ROWS_TOGETHER * thread(); row < count * unit_; row += ROWS_TOGETHER * THREADS) {
+        float y[ROWS_TOGETHER];
+        add_up(row, y);
+        result(first * unit_ + row, y);
+      }
+    }
+  }
+
+ private:
+  static constexpr int GROUP = P::GROUP_FRAGMENTS;
+  static constexpr int STAGE_GROUPS = P::STAGE_BYTES / (512 * GROUP * WARPS);  // groups of one warp in a stage
+  static constexpr int CHAINS = 2;                                            // of dependent products
+  struct Weights { Words of[GROUP]; };
+  struct Activation { Quad of[GROUP]; };
+
+  // Products of this warp's groups of `units` more units, whose first weights are loaded; their partial sums go to shared
+  // memory. What a group needs is on its way from shared memory while the group before is multiplied.
+  KOGC_DEVICE void multiply(int units, Stream<P>& stream, const Where& where) {
     int left = (units * groups_ - position_ + WARPS - 1) / WARPS;
     if (left <= 0) return;
     float c[CHAINS][4] = {};
     float* sums = partial_sums<P>() + warp() * 8;
     int at = position_;
-    Fragments even = {}, odd = {};
-    load(even);
+    Weights &even = first_, odd;
+    Activation x, next;
+    // Columns of B that hold nothing get what lies there: they do not mix with the others.
+    const int column = lane() >> 2;
+    x_ = P::ACTIVATION_OFFSET + (unit_ == 8 ? 0 : column / 2 % 2 * 64) + (lane() & 3) * 16 + column % 2 * 8;
+    load_x(x);
 #pragma unroll 1
     while (left > 2) {
-      load(odd);
-      multiply(c, even, sums, at);
-      load(even);
-      multiply(c, odd, sums, at);
+      load_weights(odd, stream, where);
+      load_x(next);
+      multiply(c, even, x, sums, at);
+      load_weights(even, stream, where);
+      load_x(x);
+      multiply(c, odd, next, sums, at);
       left -= 2;
     }
-    if (left == 2) load(odd);
-    multiply(c, even, sums, at);
-    if (left == 2) multiply(c, odd, sums, at);
+    if (left == 2) {
+      load_weights(odd, stream, where);
+      load_x(next);
+    }
+    multiply(c, even, x, sums, at);
+    if (left == 2) multiply(c, odd, next, sums, at);
   }
 
   // The last stage of a phase may hold fewer groups than warps times groups: give it back all the same.
-  KOGC_DEVICE void finish(int units) {
+  KOGC_DEVICE void finish(Stream<P>& stream, const Where& where) {
     constexpr int PER_STAGE = STAGE_GROUPS * WARPS;
-    const int groups = units * groups_, stages = (groups + PER_STAGE - 1) / PER_STAGE;
+    const int groups = units_ * groups_, stages = (groups + PER_STAGE - 1) / PER_STAGE;
     const int touched = ((groups - warp() + WARPS - 1) / WARPS + STAGE_GROUPS - 1) / STAGE_GROUPS;
     if (freed_ != 0) {
-      if (taken_ != 0) cursor_.advance();
+      if (taken_ != 0) stream.advance();
       release(1);
     } else if (touched < stages) {
-      wait_full<P>(cursor_, where_);
-      cursor_.advance();
+      wait_full<P>(stream, where);
+      stream.advance();
       release(1);
     }
-    taken_ = 0;
   }
 
   // The sums of rows `row` .. + 3 of the units multiplied last.
@@ -84,13 +124,6 @@ template <class P> class MatVec {
     if (unit_ == 4) KOGC_UNROLL for (int w = 0; w < WARPS; w++) add(y, from + w * 32 + 16);
   }
 
- private:
-  static constexpr int CHAINS = 2;  // of dependent products
-  struct Fragments {
-    Words weights[GROUP];
-    Quad x[GROUP];
-  };
-
   static KOGC_DEVICE void add(float (&y)[ROWS_TOGETHER], const char* four) {
     const Words w = *(const Words*)four;
     y[0] += as_float(w.x);
@@ -99,34 +132,36 @@ template <class P> class MatVec {
     y[3] += as_float(w.w);
   }
 
-  KOGC_DEVICE void load(Fragments& f) {
-    if (taken_ == 0) wait_full<P>(cursor_, where_);
-    const int fragment = 512 / unit_;  // bytes of the activation that a fragment meets
-    const char* w = weights_ + cursor_.slot * P::STAGE_BYTES + taken_ * (WARPS * GROUP * 512);
-    const char* x = x_ + position_ * GROUP * fragment;
-    KOGC_UNROLL for (int i = 0; i < GROUP; i++) {
-      f.weights[i] = *(const Words*)(w + i * 512);
-      if (holds_x_) f.x[i] = *(const Quad*)(x + i * fragment);
-    }
-    position_ += WARPS;
-    if (position_ >= groups_) position_ -= groups_;
+  KOGC_DEVICE void load_weights(Weights& w, Stream<P>& stream, const Where& where) {
+    if (taken_ == 0 && !full_) wait_full<P>(stream, where);
+    const char* from = shared() + P::RING_OFFSET + stream.slot * P::STAGE_BYTES + ((taken_ * WARPS + warp()) * GROUP * 32 + lane()) * 16;
+    KOGC_UNROLL for (int i = 0; i < GROUP; i++) w.of[i] = *(const Words*)(from + i * 512);
     if (++taken_ == STAGE_GROUPS) {
-      cursor_.advance();
+      stream.advance();
       taken_ = 0;
+      full_ = barrier_test(Ring<P>::full(stream.slot), stream.parity);  // the answer comes while this group is multiplied
     }
   }
 
+  KOGC_DEVICE void load_x(Activation& x) {
+    const int fragment = unit_ == 8 ? 64 : 128;  // bytes of the activation that a fragment meets
+    const char* from = shared() + x_ + position_ * GROUP * fragment;
+    KOGC_UNROLL for (int i = 0; i < GROUP; i++) x.of[i] = *(const Quad*)(from + i * fragment);
+    position_ += WARPS;
+    if (position_ >= groups_) position_ -= groups_;
+  }
+
   // Multiplies a group, gives its stage back when it was this warp's last there, and stores the sums at a unit's end.
-  KOGC_DEVICE void multiply(float (&c)[CHAINS][4], const Fragments& f, float*& sums, int& position) {
+  KOGC_DEVICE void multiply(float (&c)[CHAINS][4], const Weights& weights, const Activation& x, float*& sums, int& position) {
     KOGC_UNROLL for (int i = 0; i < GROUP; i++) {
-      const Words& w = f.weights[i];
-      mma<P::FP16>(c[i % CHAINS], w.x, w.y, w.z, w.w, f.x[i].low, f.x[i].high);
+      const Words& w = weights.of[i];
+      mma<P::FP16>(c[i % CHAINS], w.x, w.y, w.z, w.w, x.of[i].low, x.of[i].high);
     }
     release(STAGE_GROUPS);
     position += WARPS;
     if (position < groups_) return;
     position -= groups_;
-    if (holds_sum_) sums[lane() >> 2] = (c[0][0] + c[0][3]) + (c[1][0] + c[1][3]);
+    if ((lane() & 3) == (unit_ == 8 ? 0 : lane() >> 4)) sums[lane() >> 2] = (c[0][0] + c[0][3]) + (c[1][0] + c[1][3]);
     sums += WARPS * 8;
     KOGC_UNROLL for (int i = 0; i < CHAINS; i++) KOGC_UNROLL for (int j = 0; j < 4; j++) c[i][j] = 0;
   }
@@ -139,36 +174,13 @@ template <class P> class MatVec {
     freed_ = 0;
   }
 
-  Stream<P>& cursor_;  // where the next group is
-  const Where& where_;
-  const int unit_, groups_;    // rows, and groups of fragments, of a unit
-  int free_ = cursor_.slot;    // slot of the oldest stage not given back
-  int taken_ = 0, freed_ = 0;  // this warp's groups of the stage at hand that are loaded, and multiplied
-  int position_ = warp();      // group within the unit, of the next to load
-  const char *weights_, *x_;   // this lane's place in the first stage, and in the activation
-  bool holds_x_, holds_sum_;   // whether this lane's B and C hold something
+  int units_ = 0, unit_ = 8, groups_ = 0;  // the block's units; rows, and groups of fragments, of each
+  int free_ = 0;                // slot of the oldest stage not given back
+  int taken_ = 0, freed_ = 0;   // this warp's groups of the stage at hand that are loaded, and multiplied
+  bool full_ = false;           // whether the next stage is known to have landed
+  int position_ = 0;            // group within the unit, of the next to load
+  int x_ = 0;                   // this lane's place in the activation, in bytes of shared memory
+  Weights first_ = {};          // of the next group, loaded before its activation is there
 };
-
-// y = W x for this block's rows. `prepare()` runs once on every thread, between the products and the first result;
-// `result(i, y)` gets the block's rows i .. i + 3.
-template <class P, class Prepare, class Result>
-KOGC_DEVICE void matvec(Stream<P>& cursor, const Work& work, const Where& where, Prepare prepare, Result result) {
-  MatVec<P> products(cursor, work, where);
-#pragma unroll 1
-  for (int first = 0; first < work.units; first += P::PARTIAL_UNITS) {
-    const int count = work.units - first < P::PARTIAL_UNITS ? work.units - first : P::PARTIAL_UNITS;
-    if (first) sync();
-    products.multiply(count);
-    if (first + count == work.units) products.finish(work.units);
-    sync();
-    if (first == 0) prepare();
-#pragma unroll 1
-    for (int row = ROWS_TOGETHER * thread(); row < count * work.unit; row += ROWS_TOGETHER * THREADS) {
-      float y[ROWS_TOGETHER];
-      products.add_up(row, y);
-      result(first * work.unit + row, y);
-    }
-  }
-}
 
 }  // namespace kogc

@@ -68,7 +68,7 @@ template <class P> class Producer {
     const u8* end = from + (u32)work.units * (work.unit * work.columns * 2);
     while (from < end) {
       const int bytes = end - from < P::STAGE_BYTES ? (int)(end - from) : P::STAGE_BYTES;
-      if (!copy_stage(from, bytes, cap, from)) return false;
+      if (!copy_stage(from, bytes, cap, P::IN_FLIGHT_EXCHANGE, from)) return false;
       from += bytes;
     }
     return true;
@@ -94,13 +94,14 @@ template <class P> class Producer {
   KOGC_DEVICE bool copy_chunk(int kv_head, int chunk, int position, const u8* next) {
     const u8* from = (const u8*)chunk_address<P>(where_.args.kv, where_.layer, kv_head, chunk);
     for (int tile = 0; tile < Tiles<P>::in_use(chunk, position); tile += Tiles<P>::IN_STAGE)
-      if (!copy_stage(from + tile * Tiles<P>::BYTES, Tiles<P>::STAGE_BYTES, P::IN_FLIGHT, next)) return false;
+      if (!copy_stage(from + tile * Tiles<P>::BYTES, Tiles<P>::STAGE_BYTES, P::IN_FLIGHT_HEAD, P::IN_FLIGHT_HEAD, next)) return false;
     return true;
   }
 
-  KOGC_DEVICE bool copy_stage(const u8* from, int bytes, int cap, const u8* next) {
+  // At most `cap` copies under way, or `cap_exchanging` while the consumers wait for other blocks.
+  KOGC_DEVICE bool copy_stage(const u8* from, int bytes, int cap, int cap_exchanging, const u8* next) {
     if (!wait_empty(next)) return false;
-    while (in_flight_ >= (words<P>().exchanging ? P::IN_FLIGHT_EXCHANGE : cap)) retire();
+    while (in_flight_ >= (words<P>().exchanging ? cap_exchanging : cap)) retire();
     barrier_expect(Ring<P>::full(head_.slot), bytes);
     bulk_copy(Ring<P>::stage(head_.slot), from, bytes, Ring<P>::full(head_.slot), policy_);
     head_.advance();
