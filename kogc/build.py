@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from . import __version__, targets
 from .artifact import (
     BINARY,
+    CHAT_TEMPLATE,
     DUMMY,
     GENERATION_CONFIG,
     MANIFEST,
@@ -26,6 +27,7 @@ from .artifact import (
     SOURCE,
     SPEC,
     TOKENIZER,
+    TOKENIZER_CONFIG,
     WEIGHTS,
     FileEntry,
     Manifest,
@@ -51,6 +53,7 @@ if TYPE_CHECKING:
     from .render import Rendered
 
 SUFFIX = {"cuda": ".cu", "cpu": ".cpp"}
+COPIED = (TOKENIZER, TOKENIZER_CONFIG, CHAT_TEMPLATE, GENERATION_CONFIG)  # from the checkpoint, as they are
 
 
 @dataclass(frozen=True)
@@ -270,7 +273,7 @@ class _Job:
 
     def _inputs(self, compiler: tuple[str, str]) -> Iterable[str]:
         """Everything that decides the artifact's bytes; weights by size and time, as make does."""
-        yield from (__version__, *compiler, repr(self.plan), self.prepared.source.location, repr(self.options))
+        yield from (__version__, *COPIED, *compiler, repr(self.plan), self.prepared.source.location, repr(self.options))
         for name, text in self.source_files():
             yield from (name, text)
         if self.prepared.source.directory is not None:
@@ -291,9 +294,9 @@ class _Job:
             writer.finish(self._manifest(compiler, weights, writer.files))
 
     def _copy_texts(self, writer: Writer) -> None:
-        """The tokenizer and the generation settings, where the checkpoint has them."""
+        """The tokenizer, the chat template and the generation settings, where the checkpoint has them."""
         source = self.prepared.source.directory
-        for name in (TOKENIZER, GENERATION_CONFIG):
+        for name in COPIED:
             if source is not None and (source / name).is_file():
                 writer.add(name, _read(source / name))
         if TOKENIZER not in writer.files:

@@ -18,7 +18,7 @@ import click
 from . import __version__
 from .errors import KogcError
 
-COMMANDS = ("build", "plan", "run", "bench", "tune", "inspect", "verify", "doctor", "models", "gpus", "spec")
+COMMANDS = ("build", "plan", "run", "bench", "eval", "tune", "inspect", "verify", "doctor", "models", "gpus", "spec")
 INTERRUPTED = 130
 
 

@@ -1,4 +1,4 @@
-"""A loaded artifact: generate, stream, and teacher-forced logits.
+"""A loaded artifact: generate, stream, conversations, and teacher-forced logits.
 
 Needs numpy, tokenizers and (for a GPU) cuda-bindings; nothing of the compiler.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import operator
 import os
 from collections.abc import Generator, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Literal
@@ -18,12 +18,16 @@ from numpy.typing import NDArray
 
 from .artifact import TOKENIZER, read_manifest
 from .errors import KogcError
+from .plan.plan import Plan
+from .prefix_cache import PrefixCache
 from .runtime import Request, Runtime, open_runtime
 from .runtime.args import STOP_TOKENS
 from .runtime.program import open_program
 from .spec import ModelSpec
+from .stop_strings import StopStrings
 
 if TYPE_CHECKING:
+    from .chat import ChatTemplate, Message
     from .tokenizer import Tokenizer
 
 DEFAULT_NEW_TOKENS = 256
@@ -44,9 +48,11 @@ class Piece:
 
 @dataclass(frozen=True)
 class Generation:
-    """A finished continuation. tokens includes the stop token, text does not. seconds: on the device, with the prompt.
+    """A finished continuation. tokens includes what stopped it (a token, the tokens of a string), text does not.
 
-    finish_reason: stop (a stop token came), length (max_new_tokens are made), context (the artifact's limit came).
+    seconds: on the device, with what was run of the prompt. cached_tokens: how many tokens of the prompt were not run,
+    because the KV cache held them. finish_reason: stop (a stop token or string came), length (max_new_tokens are
+    made), context (the artifact's limit came).
     """
 
     tokens: list[int]
@@ -54,6 +60,7 @@ class Generation:
     prompt_tokens: int
     seconds: float
     finish_reason: FinishReason
+    cached_tokens: int = 0
 
 
 def load(path: str | os.PathLike[str], device: int = 0, *, oversubscribe: bool = False) -> Session:
@@ -71,7 +78,7 @@ def load(path: str | os.PathLike[str], device: int = 0, *, oversubscribe: bool =
     except BaseException:
         runtime.close()
         raise
-    return Session(runtime, tokenizer, manifest.stop_tokens)
+    return Session(runtime, tokenizer, manifest.stop_tokens, directory)
 
 
 def _open_tokenizer(directory: Path) -> Tokenizer | None:
@@ -83,30 +90,82 @@ def _open_tokenizer(directory: Path) -> Tokenizer | None:
 
 
 class Session:
-    """One model on one device. One generation at a time; each starts again from position 0."""
+    """One model on one device. One generation at a time.
 
-    def __init__(self, runtime: Runtime, tokenizer: Tokenizer | None, stop_tokens: Sequence[int]) -> None:
-        self.runtime = runtime
+    The KV cache stays from one to the next: a prompt that begins as the last one and its continuation did is run from
+    where they differ. The result is that of a cold start, to the bit.
+    """
+
+    def __init__(
+        self,
+        runtime: Runtime,
+        tokenizer: Tokenizer | None,
+        stop_tokens: Sequence[int],
+        directory: Path | None = None,
+    ) -> None:
+        """directory: where the chat template is, if there is one."""
         self.tokenizer = tokenizer
         self.stop_tokens = tuple(stop_tokens)
+        self._runtime = runtime
+        self._directory = directory
+        self._chat: ChatTemplate | None = None
+        self._cached = PrefixCache()
+
+    @property
+    def runtime(self) -> Runtime:
+        """What a session does not offer. Whoever asks may write the KV cache, so what it holds is forgotten here.
+
+        After launches of your own that follow a generation, call `reset`.
+        """
+        self._cached.forget()
+        return self._runtime
+
+    @property
+    def plan(self) -> Plan:
+        return self._runtime.plan
 
     @property
     def spec(self) -> ModelSpec:
-        return self.runtime.plan.spec
+        return self.plan.spec
 
     @property
     def max_context(self) -> int:
         """Tokens of prompt and continuation together."""
-        return self.runtime.plan.max_context
+        return self.plan.max_context
+
+    @property
+    def chat_template(self) -> ChatTemplate:
+        """The checkpoint's chat template; KogcError where the artifact has none."""
+        if self._chat is None:
+            if self._directory is None:
+                raise KogcError("this session was not loaded from a directory: it has no chat template")
+            from .chat import ChatTemplate
+
+            self._chat = ChatTemplate(self._directory)
+        return self._chat
+
+    def chat_tokens(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> list[int]:
+        """The prompt of a conversation, for `generate` and `stream`. See `ChatTemplate.render` for the arguments.
+
+        A control token that is written in a message is that token, as it is for Transformers.
+        """
+        text = self.chat_template.render(messages, add_generation_prompt)
+        return self._text_tokenizer().encode(text, special=False)  # the template wrote the begin token itself
+
+    def reset(self) -> None:
+        """Forget what the KV cache holds: the next generation starts from position 0."""
+        self._cached.forget()
 
     def generate(
         self,
         prompt: str | Sequence[int],
         max_new_tokens: int = DEFAULT_NEW_TOKENS,
         stop: Sequence[int] | None = None,
+        *,
+        stop_strings: Sequence[str] = (),
     ) -> Generation:
         """Continue a text, or token ids as they are, greedily. See `stream` for the arguments."""
-        stream = self.stream(prompt, max_new_tokens, stop)
+        stream = self.stream(prompt, max_new_tokens, stop, stop_strings=stop_strings)
         text = "".join(piece.text for piece in stream)
         return stream.result(text)
 
@@ -115,12 +174,15 @@ class Session:
         prompt: str | Sequence[int],
         max_new_tokens: int = DEFAULT_NEW_TOKENS,
         stop: Sequence[int] | None = None,
+        *,
+        stop_strings: Sequence[str] = (),
     ) -> Stream:
         """Yield each token with its text as it is made; closing the stream early ends the kernel.
 
-        stop: token ids that end the continuation (at most 16); None: the model's own; (): none.
-        KogcError for an empty prompt of a model without a begin token, for token ids outside the vocabulary, and for
-        a prompt that leaves no room in the context.
+        stop: token ids that end the continuation (at most 16); None: the model's own; (): none. stop_strings: texts
+        that end it; the one that comes is not given, and what may become one is given as soon as it is decided.
+        KogcError for an empty prompt of a model without a begin token, for token ids outside the vocabulary, for
+        a prompt that leaves no room in the context, and for stop strings that are empty or without a tokenizer.
         """
         tokens = self._prompt(prompt)
         room = self.max_context - len(tokens)
@@ -133,26 +195,43 @@ class Session:
         if len(stops) > STOP_TOKENS:
             raise KogcError(f"stop: {len(stops)} tokens, the kernel watches for at most {STOP_TOKENS}")
         request = Request(tokens, 0, min(wanted, room), stops)
-        return Stream(self, request, "context" if wanted > room else "length")
+        return Stream(self, request, self._stop_strings(stop_strings), "context" if wanted > room else "length")
 
     def logits(self, token_ids: Sequence[int]) -> NDArray[np.float32]:
         """Teacher-forced logits: row i, float32[vocab], is what follows token_ids[: i + 1]. Shape [n, vocab]."""
+        parts = self.logits_in_parts(token_ids)
+        out = np.empty((len(token_ids), self.spec.vocab), np.float32)
+        row = 0
+        for part in parts:
+            out[row : row + len(part)] = part
+            row += len(part)
+        return out
+
+    def logits_in_parts(self, token_ids: Sequence[int]) -> Iterator[NDArray[np.float32]]:
+        """The rows of `logits` in order, a launch's worth at a time: all of them may be more than memory holds.
+
+        A part is good until the next is asked for. No other launch is possible before all are read, or given up.
+        """
         tokens = self._ids(token_ids, "token_ids")
         if not tokens:
             raise KogcError("token_ids: empty")
         if len(tokens) > self.max_context:
             raise KogcError(f"token_ids: {len(tokens)} tokens, the context holds {self.max_context}")
-        out = np.empty((len(tokens), self.spec.vocab), np.float32)
+        return self._launch_logits(tokens)
+
+    def _launch_logits(self, tokens: tuple[int, ...]) -> Iterator[NDArray[np.float32]]:
         step = max(1, min(LOGIT_POSITIONS, LOGIT_BYTES // (4 * self.spec.vocab)))
-        for start in range(0, len(tokens), step):
-            part = tokens[start : start + step]
-            result = self.runtime.run(Request(part, start, logits=True))
-            out[start : start + len(part)] = result.logits
-        return out
+        with self._cached.rewriting(tokens):
+            for start in range(0, len(tokens), step):
+                result = self._runtime.run(Request(tokens[start : start + step], start, logits=True))
+                assert result.logits is not None
+                yield result.logits
 
     def close(self) -> None:
         """Stop what runs and free the device; a second call does nothing."""
-        self.runtime.close()
+        if self._chat is not None:
+            self._chat.close()
+        self._runtime.close()
 
     def __enter__(self) -> Session:
         return self
@@ -164,15 +243,27 @@ class Session:
 
     def _prompt(self, prompt: str | Sequence[int]) -> tuple[int, ...]:
         if isinstance(prompt, str):
-            if self.tokenizer is None:
-                raise KogcError("this artifact has no tokenizer: give the prompt as token ids")
-            prompt = self.tokenizer.encode(prompt)
+            prompt = self._text_tokenizer().encode(prompt)
         tokens = self._ids(prompt, "prompt")
         if tokens:
             return tokens
         if self.spec.bos_token is None:
             raise KogcError("the prompt is empty, and the model has no begin-of-text token to start from")
         return (self.spec.bos_token,)
+
+    def _text_tokenizer(self) -> Tokenizer:
+        if self.tokenizer is None:
+            raise KogcError("this artifact has no tokenizer: give the prompt as token ids")
+        return self.tokenizer
+
+    def _stop_strings(self, values: Sequence[str]) -> StopStrings:
+        if isinstance(values, str) or not all(isinstance(value, str) for value in values):
+            raise KogcError("stop_strings: expected a sequence of strings")
+        if not all(values):
+            raise KogcError("stop_strings: a string is empty")
+        if values and self.tokenizer is None:
+            raise KogcError("stop_strings: this artifact has no tokenizer, so a continuation has no text")
+        return StopStrings(values)
 
     def _ids(self, values: Sequence[int], what: str) -> tuple[int, ...]:
         """Checked token ids as plain integers."""
@@ -189,13 +280,17 @@ class Session:
 class Stream(Iterator[Piece]):
     """The pieces of one continuation, in order. After the end (or close) `result` tells how it went."""
 
-    def __init__(self, session: Session, request: Request, at_limit: FinishReason) -> None:
+    def __init__(self, session: Session, request: Request, stop: StopStrings, at_limit: FinishReason) -> None:
         self.prompt_tokens = len(request.prompt)
+        self.cached_tokens = 0  # of the prompt, not run again; known after the first piece
         self.tokens: list[int] = []
         self.finish_reason: FinishReason = at_limit
         self.seconds = 0.0  # on the device; known after the end
-        self._runtime = session.runtime
-        self._tokenizer = session.tokenizer
+        self._runtime = session._runtime
+        self._cached = session._cached
+        tokenizer = session.tokenizer
+        self._decoder = tokenizer.stream(request.prompt[-CONTEXT_TOKENS:]) if tokenizer else None
+        self._stop = stop
         self._pieces = self._make(request)
 
     def __iter__(self) -> Stream:
@@ -217,22 +312,33 @@ class Stream(Iterator[Piece]):
         self.close()
 
     def result(self, text: str) -> Generation:
-        return Generation(self.tokens, text, self.prompt_tokens, self.seconds, self.finish_reason)
+        seconds, reason = self.seconds, self.finish_reason
+        return Generation(self.tokens, text, self.prompt_tokens, seconds, reason, self.cached_tokens)
 
     def _make(self, request: Request) -> Generator[Piece, None, None]:
-        decoder = self._tokenizer.stream(request.prompt[-CONTEXT_TOKENS:]) if self._tokenizer else None
-        made = self._runtime.tokens(request)
-        try:
-            for token in made:
-                self.tokens.append(token)
-                stopped = token in request.stop
-                if stopped:
-                    self.finish_reason = "stop"
-                text = decoder.push(token) if decoder and not stopped else ""
-                # Bytes of a character that is never finished come out with the last token.
-                if decoder and (stopped or len(self.tokens) == request.max_new):
-                    text += decoder.finish()
-                yield Piece(token, text)
-        finally:
-            made.close()
-            self.seconds = self._runtime.last_timing / 1e3
+        """Launch when the first piece is asked for: only then is it certain what the cache holds."""
+        with self._cached.continuing(request.prompt, self.tokens) as start:
+            self.cached_tokens = start
+            made = self._runtime.tokens(replace(request, prompt=request.prompt[start:], start=start))
+            try:
+                for token in made:
+                    self.tokens.append(token)
+                    stopped = token in request.stop
+                    text = self._text(token, stopped, stopped or len(self.tokens) == request.max_new)
+                    if stopped or self._stop.stopped:
+                        self.finish_reason = "stop"
+                        made.close()  # which tells a kernel that does not know of the string
+                    yield Piece(token, text)
+            finally:
+                made.close()
+                self.seconds = self._runtime.last_timing / 1e3
+
+    def _text(self, token: int, stopped: bool, last: bool) -> str:
+        """What a token adds to the text: nothing if it `stopped` the generation; with the last, all that waited."""
+        if self._decoder is None:
+            return ""
+        text = "" if stopped else self._decoder.push(token)
+        if not last:
+            return self._stop.push(text)
+        # Bytes of a character that is never finished, and the beginning of a stop string that never came.
+        return self._stop.push(text + self._decoder.finish()) + self._stop.finish()

@@ -42,7 +42,14 @@ class Tokenizer:
         return int(self._tokenizer.get_vocab_size(with_added_tokens=True))
 
     def encode(self, text: str, special: bool = True) -> list[int]:
-        """Token ids of a text, with the tokens that the checkpoint puts around one (unless `special` is off)."""
+        """Token ids of a text, with the tokens that the checkpoint puts around one (unless `special` is off).
+
+        KogcError for text that cannot be written as UTF-8, as undecodable bytes of a command line become.
+        """
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise KogcError("the text is not UTF-8") from None
         return list(self._tokenizer.encode(text, add_special_tokens=special).ids)
 
     def decode(self, tokens: Sequence[int], skip_special: bool = True) -> str:

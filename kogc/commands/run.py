@@ -1,4 +1,4 @@
-"""`kogc run`: continue a text."""
+"""`kogc run`: continue a text, or hold a conversation."""
 
 from __future__ import annotations
 
@@ -10,29 +10,62 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from ..plan.plan import Plan
-    from ..session import Session
+    from ..session import Session, Stream
 
 
-@click.command("run", short_help="Continue a text.")
+DEFAULT_COUNT = 128
+COUNT_HELP = f"Most tokens to make [{DEFAULT_COUNT}; with --chat, of an answer: as many as the context has room for]."
+
+
+@click.command("run", short_help="Continue a text, or hold a conversation.")
 @click.argument("artifact", metavar="DIR")
 @click.option("-p", "--prompt", metavar="TEXT", help="The text to continue.")
 @click.option("-f", "--file", metavar="FILE", help="Read the text to continue from a file (- is stdin).")
 @click.option("-t", "--tokens", metavar="IDS", help="Token ids to continue, such as 1,15,7.")
-@click.option("-n", "count", type=click.IntRange(min=1), default=128, show_default=True, help="Most tokens to make.")
+@click.option("--chat", is_flag=True, help="Converse: a line of stdin is a turn.")
+@click.option("--system", metavar="TEXT", help="With --chat: the system message.")
+@click.option("-n", "count", type=click.IntRange(min=1), metavar="N", help=COUNT_HELP)
 @click.option("--device", type=click.IntRange(min=0), default=0, show_default=True, help="Number of the GPU.")
 def command(
-    artifact: str, prompt: str | None, file: str | None, tokens: str | None, count: int, device: int
+    artifact: str,
+    prompt: str | None,
+    file: str | None,
+    tokens: str | None,
+    chat: bool,
+    system: str | None,
+    count: int | None,
+    device: int,
 ) -> None:
-    """Continue a text greedily; it is printed as it is made. The figures go to stderr."""
-    start = _prompt(prompt, file, tokens)
+    """Continue a text greedily; it is printed as it is made. The figures go to stderr.
+
+    With --chat, hold a conversation by the checkpoint's chat template. Ctrl-C ends an answer; Ctrl-C or Ctrl-D at the
+    prompt ends the conversation.
+    """
+    start = None if chat else _prompt(prompt, file, tokens)
+    _check_chat(chat, system, (prompt, file, tokens))
     import kogc
 
     with kogc.load(artifact, device) as session:
-        _run(session, start, count)
+        if start is not None:
+            _run(session, start, count or DEFAULT_COUNT)
+        else:
+            from .conversation import converse
+
+            converse(session, system, count, lambda stream: _figures(session.plan, stream))
+
+
+def _check_chat(chat: bool, system: str | None, prompts: Sequence[str | None]) -> None:
+    from ..errors import UsageError
+
+    if chat and any(prompt is not None for prompt in prompts):
+        raise UsageError("--chat reads its turns from stdin: -p TEXT, -f FILE and -t IDS exclude it")
+    if system is not None and not chat:
+        raise UsageError("--system TEXT needs --chat")
 
 
 def _prompt(text: str | None, file: str | None, tokens: str | None) -> str | Sequence[int]:
-    from ..errors import KogcError, UsageError
+    from ..errors import UsageError
+    from .text_file import read_text
 
     if sum(given is not None for given in (text, file, tokens)) != 1:
         raise UsageError("give one of -p TEXT, -f FILE and -t IDS")
@@ -44,14 +77,7 @@ def _prompt(text: str | None, file: str | None, tokens: str | None) -> str | Seq
         except ValueError:
             raise UsageError(f"-t {tokens}: not a list of token ids such as 1,15,7") from None
     assert file is not None
-    try:
-        with click.open_file(file, "rb") as stream:
-            data: bytes = stream.read()
-        return data.decode("utf-8")
-    except OSError as error:
-        raise KogcError(f"{file}: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise KogcError(f"{file}: not UTF-8 text") from None
+    return read_text(file)
 
 
 def _run(session: Session, prompt: str | Sequence[int], count: int) -> None:
@@ -59,20 +85,22 @@ def _run(session: Session, prompt: str | Sequence[int], count: int) -> None:
         for piece in stream:
             click.echo(piece.text if session.tokenizer else f"{piece.token} ", nl=False)
     click.echo()
-    made = len(stream.tokens)
-    figures = _figures(session.runtime.plan, stream.prompt_tokens, made, stream.seconds) if stream.seconds else ""
-    click.echo(f"{stream.prompt_tokens} prompt tokens, {made} generated{figures}", err=True)
+    click.echo(_figures(session.plan, stream), err=True)
 
 
-def _figures(plan: Plan, prompt: int, made: int, seconds: float) -> str:
-    """Speed over prompt and continuation as timed on the device, bytes read, and their share of the measured ceiling.
+def _figures(plan: Plan, stream: Stream) -> str:
+    """Tokens, speed over what was run as timed on the device, bytes read, and their share of the measured ceiling.
 
-    Every token but the last made is a pass; the vocabulary projection is read only for the tokens that are made.
+    Every token but the cached and the last made is a pass; the vocabulary projection is read only for those made.
     """
-    passes = prompt + made - 1
+    made, cached, seconds = len(stream.tokens), stream.cached_tokens, stream.seconds
+    counts = f"{stream.prompt_tokens} prompt tokens{f' ({cached} cached)' if cached else ''}, {made} generated"
+    if not seconds or not made:
+        return counts
+    end = stream.prompt_tokens + made - 1
     layers = plan.weight_bytes - plan.head.units * plan.head.unit_bytes
-    read = passes * layers + made * (plan.weight_bytes - layers)
-    read += sum(plan.kv_bytes_read(position) for position in range(passes))
+    read = (end - cached) * layers + made * (plan.weight_bytes - layers)
+    read += sum(plan.kv_bytes_read(position) for position in range(cached, end))
     ceiling = plan.profile.measured.read_bandwidth
     share = f"{read / seconds / ceiling:.0%} of the read ceiling" if ceiling else "read ceiling n/a (see kogc bench)"
-    return f", {passes / seconds:,.1f} tok/s, {read / seconds / 1e9:,.1f} GB/s, {share}"
+    return f"{counts}, {(end - cached) / seconds:,.1f} tok/s, {read / seconds / 1e9:,.1f} GB/s, {share}"
