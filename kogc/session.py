@@ -8,7 +8,7 @@ from __future__ import annotations
 import operator
 import os
 from collections.abc import Generator, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Literal
@@ -16,11 +16,12 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from .artifact import TOKENIZER, read_manifest
+from .artifact import GENERATION_CONFIG, TOKENIZER, read_manifest
 from .errors import KogcError
 from .runtime import Request, Runtime, open_runtime
-from .runtime.args import STOP_TOKENS
+from .runtime.args import STOP_TOKENS, Logprobs
 from .runtime.program import open_program
+from .sampling import GREEDY, Sampling, sampling_from_config
 from .spec import ModelSpec
 
 if TYPE_CHECKING:
@@ -36,10 +37,11 @@ FinishReason = Literal["stop", "length", "context"]
 
 @dataclass(frozen=True)
 class Piece:
-    """A generated token, and the text that it completes (possibly empty)."""
+    """A generated token, and the text that it completes (possibly empty); log-probabilities where asked for."""
 
     token: int
     text: str
+    logprobs: Logprobs | None = None
 
 
 @dataclass(frozen=True)
@@ -54,16 +56,23 @@ class Generation:
     prompt_tokens: int
     seconds: float
     finish_reason: FinishReason
+    logprobs: list[Logprobs] = field(default_factory=list)  # one a token, where asked for
 
 
-def load(path: str | os.PathLike[str], device: int = 0, *, oversubscribe: bool = False) -> Session:
+def load(
+    path: str | os.PathLike[str], device: int = 0, *, oversubscribe: bool = False, sampling: Sampling | None = None
+) -> Session:
     """Open an artifact directory on GPU number `device`, or on this machine's CPU if it was built for one.
 
     The artifact and the machine are checked before anything large is allocated. KogcError says what to rebuild.
     oversubscribe (CPU): allow more blocks than cores, at a fraction of the speed.
+    sampling: how tokens are chosen where a call does not say; None: as the model's generation_config.json asks.
     """
     directory = Path(path)
     manifest = read_manifest(directory)
+    if sampling is None:
+        config = directory / GENERATION_CONFIG
+        sampling = sampling_from_config(config) if config.is_file() else GREEDY
     with open_program(directory, manifest) as program:
         runtime = open_runtime(program, device, oversubscribe=oversubscribe)
     try:
@@ -71,7 +80,7 @@ def load(path: str | os.PathLike[str], device: int = 0, *, oversubscribe: bool =
     except BaseException:
         runtime.close()
         raise
-    return Session(runtime, tokenizer, manifest.stop_tokens)
+    return Session(runtime, tokenizer, manifest.stop_tokens, sampling)
 
 
 def _open_tokenizer(directory: Path) -> Tokenizer | None:
@@ -85,8 +94,15 @@ def _open_tokenizer(directory: Path) -> Tokenizer | None:
 class Session:
     """One model on one device. One generation at a time; each starts again from position 0."""
 
-    def __init__(self, runtime: Runtime, tokenizer: Tokenizer | None, stop_tokens: Sequence[int]) -> None:
+    def __init__(
+        self,
+        runtime: Runtime,
+        tokenizer: Tokenizer | None,
+        stop_tokens: Sequence[int],
+        sampling: Sampling = GREEDY,
+    ) -> None:
         self.runtime = runtime
+        self.sampling = sampling
         self.tokenizer = tokenizer
         self.stop_tokens = tuple(stop_tokens)
 
@@ -104,9 +120,10 @@ class Session:
         prompt: str | Sequence[int],
         max_new_tokens: int = DEFAULT_NEW_TOKENS,
         stop: Sequence[int] | None = None,
+        sampling: Sampling | None = None,
     ) -> Generation:
-        """Continue a text, or token ids as they are, greedily. See `stream` for the arguments."""
-        stream = self.stream(prompt, max_new_tokens, stop)
+        """Continue a text, or token ids as they are. See `stream` for the arguments."""
+        stream = self.stream(prompt, max_new_tokens, stop, sampling)
         text = "".join(piece.text for piece in stream)
         return stream.result(text)
 
@@ -115,10 +132,12 @@ class Session:
         prompt: str | Sequence[int],
         max_new_tokens: int = DEFAULT_NEW_TOKENS,
         stop: Sequence[int] | None = None,
+        sampling: Sampling | None = None,
     ) -> Stream:
         """Yield each token with its text as it is made; closing the stream early ends the kernel.
 
         stop: token ids that end the continuation (at most 16); None: the model's own; (): none.
+        sampling: how tokens are chosen; None: the session's own way.
         KogcError for an empty prompt of a model without a begin token, for token ids outside the vocabulary, and for
         a prompt that leaves no room in the context.
         """
@@ -132,7 +151,9 @@ class Session:
         stops = self.stop_tokens if stop is None else self._ids(stop, "stop")
         if len(stops) > STOP_TOKENS:
             raise KogcError(f"stop: {len(stops)} tokens, the kernel watches for at most {STOP_TOKENS}")
-        request = Request(tokens, 0, min(wanted, room), stops)
+        chosen = self.sampling if sampling is None else sampling
+        chosen.check_tokens(self.spec.vocab)
+        request = Request(tokens, 0, min(wanted, room), stops, sampling=chosen)
         return Stream(self, request, "context" if wanted > room else "length")
 
     def logits(self, token_ids: Sequence[int]) -> NDArray[np.float32]:
@@ -192,6 +213,7 @@ class Stream(Iterator[Piece]):
     def __init__(self, session: Session, request: Request, at_limit: FinishReason) -> None:
         self.prompt_tokens = len(request.prompt)
         self.tokens: list[int] = []
+        self.logprobs: list[Logprobs] = []
         self.finish_reason: FinishReason = at_limit
         self.seconds = 0.0  # on the device; known after the end
         self._runtime = session.runtime
@@ -217,13 +239,17 @@ class Stream(Iterator[Piece]):
         self.close()
 
     def result(self, text: str) -> Generation:
-        return Generation(self.tokens, text, self.prompt_tokens, self.seconds, self.finish_reason)
+        return Generation(self.tokens, text, self.prompt_tokens, self.seconds, self.finish_reason, self.logprobs)
 
     def _make(self, request: Request) -> Generator[Piece, None, None]:
         decoder = self._tokenizer.stream(request.prompt[-CONTEXT_TOKENS:]) if self._tokenizer else None
         made = self._runtime.tokens(request)
         try:
             for token in made:
+                logprobs = None
+                if request.sampling.logprobs is not None:
+                    logprobs = self._runtime.logprobs(len(self.tokens))
+                    self.logprobs.append(logprobs)
                 self.tokens.append(token)
                 stopped = token in request.stop
                 if stopped:
@@ -232,7 +258,7 @@ class Stream(Iterator[Piece]):
                 # Bytes of a character that is never finished come out with the last token.
                 if decoder and (stopped or len(self.tokens) == request.max_new):
                     text += decoder.finish()
-                yield Piece(token, text)
+                yield Piece(token, text, logprobs)
         finally:
             made.close()
             self.seconds = self._runtime.last_timing / 1e3

@@ -6,7 +6,7 @@ from ..errors import KogcError
 from .matvec import FRAGMENT_BYTES, UNITS, WARPS, MatVec
 from .order import check_order, owners, scenarios
 from .plan import Plan
-from .shared_memory import COMBINE_BYTES, HEAD_TILE, PARTIAL_UNITS, attention_scratch
+from .shared_memory import HEAD_TILE, PARTIAL_UNITS, attention_scratch
 
 COPY_ALIGN = 16  # bytes: of addresses and sizes of bulk copies and vector loads
 MAX_COPY = (1 << 20) - 1  # bytes that a barrier in shared memory can count
@@ -14,7 +14,7 @@ MAX_VOCAB = 1 << 20  # the greedy choice packs a row into 20 bits
 MAX_VECTORS = 32  # vectors that one poll can await: bits of its mask
 VECTOR = 4  # words of a vector load
 KEY_COLUMNS = 32  # columns of a key that one tensor-core step takes
-REDUCE_BYTES = 260  # warp sums, keys, stop flag, end flag
+REDUCE_BYTES = 272  # warp sums, keys, stop flag, searches, what consumers and producer share
 INT_MAX = (1 << 31) - 1
 
 
@@ -144,7 +144,7 @@ def _check_shared_memory(plan: Plan) -> None:
     _require(at <= memory.bytes, f"shared memory: {region.name} ends after the {memory.bytes} bytes asked for")
     limit = plan.profile.smem_per_block
     _require(memory.bytes <= limit, f"shared memory: {memory.bytes} bytes, a block of {plan.profile.name} has {limit}")
-    scratch = max(attention_scratch(plan.spec.head_dim, plan.heads_per_block), COMBINE_BYTES)
+    scratch = attention_scratch(plan.spec.head_dim, plan.heads_per_block)
     needs = {
         "ring": memory.stages * plan.knobs.stage_bytes,
         "activation": max(2 * max(p.columns_padded for p in plan.phases), scratch),

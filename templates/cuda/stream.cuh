@@ -20,6 +20,7 @@ template <class P> struct Ring {
       w.finished = 0;
       w.exchanging = 0;
       w.waited = w.events = 0;
+      w.searches = w.level_searches[0] = w.level_searches[1] = w.level_searches[2] = 0;
       barrier_init_done();
     }
     sync_block();
