@@ -27,6 +27,7 @@ from .errors import KogcError
 from .plan.plan import Knobs, Plan
 from .profile import GpuProfile
 from .runtime import Kernel, Request, Result, Runtime
+from .sampling import GREEDY
 from .session import load
 from .tuned import Measurement, Setting, Tuned, tuned_file, write_tuned
 
@@ -218,7 +219,7 @@ class Bench:
             self._compile([plain := Setting(blocks, self.start)])
             self._builds[plain].result()  # from here on in the build cache
             build(self.model, self.gpu, artifact, BuildOptions(self.max_context, blocks, True, knobs=self.start))
-            runtime = self._runtimes[blocks] = load(artifact, self.device).runtime
+            runtime = self._runtimes[blocks] = load(artifact, self.device, sampling=GREEDY).runtime
             self._plain[blocks] = self._logits(runtime)
             runtime.fill_kv(self.depth)
         return self._runtimes[blocks]
