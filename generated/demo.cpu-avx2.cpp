@@ -5,6 +5,7 @@
 #include "common/numbers.h"
 #include "common/exchange.h"
 #include "common/partition.h"
+#include "common/cache.h"
 #include "common/words.h"
 #include "common/trace.h"
 #include "cpu/stream.hpp"
@@ -72,9 +73,9 @@ struct Plan {
   static constexpr int TRACE_EVENTS = 0;
   static constexpr bool TRACE = TRACE_EVENTS > 0;
   // memory of a thread, bytes
-  static constexpr int ACTIVATION_OFFSET = 0, REDUCE_OFFSET = 18048;
-  static constexpr int RESIDUAL_OFFSET = 17280;
-  static constexpr int SHARED_BYTES = 18560;
+  static constexpr int ACTIVATION_OFFSET = 0, REDUCE_OFFSET = 18304;
+  static constexpr int RESIDUAL_OFFSET = 17536;
+  static constexpr int SHARED_BYTES = 18816;
 };
 
 }  // namespace kogc

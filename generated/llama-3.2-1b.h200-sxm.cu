@@ -5,6 +5,7 @@
 #include "common/numbers.h"
 #include "common/exchange.h"
 #include "common/partition.h"
+#include "common/cache.h"
 #include "common/words.h"
 #include "common/trace.h"
 #include "cuda/stream.cuh"

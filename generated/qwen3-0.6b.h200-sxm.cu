@@ -5,6 +5,7 @@
 #include "common/numbers.h"
 #include "common/exchange.h"
 #include "common/partition.h"
+#include "common/cache.h"
 #include "common/words.h"
 #include "common/trace.h"
 #include "cuda/stream.cuh"
@@ -78,10 +79,10 @@ struct Plan {
   static constexpr int PREFETCH = 8, PACE = 900;
   // shared memory, bytes
   static constexpr int RING_OFFSET = 0, ACTIVATION_OFFSET = 196608;
-  static constexpr int PARTIAL_OFFSET = 209920, PARTIAL_UNITS = 32;
-  static constexpr int RESIDUAL_OFFSET = 218112;
-  static constexpr int REDUCE_OFFSET = 222208, BARRIER_OFFSET = 222720;
-  static constexpr int SHARED_BYTES = 222912;
+  static constexpr int PARTIAL_OFFSET = 210176, PARTIAL_UNITS = 32;
+  static constexpr int RESIDUAL_OFFSET = 218368;
+  static constexpr int REDUCE_OFFSET = 222464, BARRIER_OFFSET = 222976;
+  static constexpr int SHARED_BYTES = 223168;
 };
 
 }  // namespace kogc

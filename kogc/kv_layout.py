@@ -1,9 +1,12 @@
-"""The inner layout of the KV cache: chunks of 128 positions, K plain and V as the target's attention reads it.
+"""The inner layout of the KV cache: chunks of 128 positions, in the order in which the target's attention reads them.
 
-A chunk is 2 * 128 * head_dim BF16 patterns, K first. K is [128][head_dim] everywhere. V is the same on `cpu`; on `cuda`
-it is stored in the order of tensor-core fragments, [8 blocks of 16 positions][head_dim / 16][32 lanes][8 elements]:
-position r and dimension d (both below 16) belong to lane (d % 8) * 4 + (r % 8) // 2 as element
-d // 8 * 4 + r // 8 * 2 + r % 2.
+A chunk is 2 * 128 * head_dim BF16 patterns. On `cpu` it is K [128][head_dim], then V the same. On `cuda` it is eight
+tiles of 16 positions, each K and then V in the order of tensor-core fragments:
+
+K [head_dim / 16][32 lanes][8 elements]: position r and dimension d of 16 belong to lane (r % 8) * 4 + d // 4 as element
+d % 4 // 2 * 4 + r // 8 * 2 + d % 2.
+V [head_dim / 16][32 lanes][8 elements]: position r and dimension d of 16 belong to lane (d % 8) * 4 + (r % 8) // 2 as
+element d // 8 * 4 + r // 8 * 2 + r % 2.
 """
 
 from __future__ import annotations
@@ -14,10 +17,14 @@ from .checkpoint import F32, Bits, to_bf16, to_float32
 from .plan.plan import CHUNK, Plan
 
 TARGETS = ("cuda", "cpu")
-# Axes of V in a cuda chunk, outermost first: chunk, block of 16, tile of 16 dims, d % 8, r % 8 // 2, d // 8, r // 8,
-# r % 2; and the order that makes them chunk, position (4 axes), dimension (3 axes). TO_CUDA is the inverse.
-TO_PLAIN = (0, 1, 6, 4, 7, 2, 5, 3)
-TO_CUDA = (0, 1, 5, 7, 3, 6, 2, 4)
+TILE = 16  # positions
+# Axes of a cuda tile, outermost first, and the order that makes them position axes, then dimension axes.
+# K: chunk, tile, d // 16, r % 8, d % 16 // 4, d % 4 // 2, r // 8, d % 2.
+K_TO_PLAIN = (0, 1, 6, 3, 2, 4, 5, 7)
+K_TO_CUDA = (0, 1, 4, 3, 5, 6, 2, 7)
+# V: chunk, tile, d // 16, d % 8, r % 8 // 2, d % 16 // 8, r // 8, r % 2.
+V_TO_PLAIN = (0, 1, 6, 4, 7, 2, 5, 3)
+V_TO_CUDA = (0, 1, 5, 7, 3, 6, 2, 4)
 
 
 def unpack_kv(plan: Plan, target: str, raw: Bits, positions: int) -> tuple[F32, F32]:
@@ -27,12 +34,14 @@ def unpack_kv(plan: Plan, target: str, raw: Bits, positions: int) -> tuple[F32, 
     """
     _check(target)
     dim = plan.spec.head_dim
-    halves = np.ascontiguousarray(raw).reshape(-1, 2, CHUNK * dim)
+    tiles = 8 if target == "cuda" else 1
+    halves = np.ascontiguousarray(raw).reshape(-1, tiles, 2, CHUNK // tiles * dim)
     if not 0 <= positions <= len(halves) * CHUNK:
         raise ValueError(f"{positions} positions from {len(halves)} chunks of {CHUNK}")
-    keys, values = halves[:, 0], halves[:, 1]
+    keys, values = halves[:, :, 0], halves[:, :, 1]
     if target == "cuda":
-        values = values.reshape(-1, 8, dim // 16, 8, 4, 2, 2, 2).transpose(TO_PLAIN)
+        keys = keys.reshape(-1, tiles, dim // 16, 8, 4, 2, 2, 2).transpose(K_TO_PLAIN)
+        values = values.reshape(-1, tiles, dim // 16, 8, 4, 2, 2, 2).transpose(V_TO_PLAIN)
     return tuple(to_float32(x.reshape(-1, dim)[:positions], "bf16") for x in (keys, values))  # type: ignore[return-value]
 
 
@@ -40,14 +49,15 @@ def pack_kv(plan: Plan, target: str, keys: F32, values: F32) -> Bits:
     """The inverse: float32 [positions, head_dim] twice -> uint16 [chunks, 2 * 128 * head_dim], zeros after the end."""
     _check(target)
     dim = plan.spec.head_dim
-    chunks = -(-len(keys) // CHUNK)
-    out = np.zeros((chunks, 2, CHUNK * dim), np.uint16)
-    for half, vectors in enumerate((keys, values)):
-        plain = np.zeros((chunks * CHUNK, dim), np.uint16)
-        plain[: len(vectors)] = to_bf16(np.ascontiguousarray(vectors, np.float32))
-        if half == 1 and target == "cuda":
-            plain = plain.reshape(chunks, 8, 2, 4, 2, dim // 16, 2, 8).transpose(TO_CUDA)
-        out[:, half] = plain.reshape(chunks, CHUNK * dim)
+    chunks, tiles = -(-len(keys) // CHUNK), 8 if target == "cuda" else 1
+    plain = np.zeros((2, chunks * CHUNK, dim), np.uint16)
+    for half, vectors in zip(plain, (keys, values), strict=True):
+        half[: len(vectors)] = to_bf16(np.ascontiguousarray(vectors, np.float32))
+    k, v = plain
+    if target == "cuda":
+        k = k.reshape(chunks, tiles, 2, 8, dim // 16, 4, 2, 2).transpose(K_TO_CUDA)
+        v = v.reshape(chunks, tiles, 2, 4, 2, dim // 16, 2, 8).transpose(V_TO_CUDA)
+    out = np.stack([x.reshape(chunks, tiles, CHUNK // tiles * dim) for x in (k, v)], axis=2)
     return out.reshape(chunks, 2 * CHUNK * dim)
 
 

@@ -15,14 +15,14 @@ from .resources import data_dir
 HEADERS = {
     "cuda": (
         "common/args.h", "cuda/machine.cuh", "common/spin.h", "common/numbers.h",
-        "common/exchange.h", "common/partition.h", "common/words.h", "common/trace.h",
+        "common/exchange.h", "common/partition.h", "common/cache.h", "common/words.h", "common/trace.h",
         "cuda/stream.cuh", "cuda/matvec.cuh", "common/residual.h", "cuda/attention.cuh",
         "common/attention.h", "common/splits.h", "common/random.h", "common/choice.h", "common/logprobs.h",
         "common/threshold.h", "common/sampling.h", "common/decoder.h", "cuda/kernels.cuh",
     ),
     "cpu": (
         "common/args.h", "cpu/machine.hpp", "common/spin.h", "common/numbers.h",
-        "common/exchange.h", "common/partition.h", "common/words.h", "common/trace.h",
+        "common/exchange.h", "common/partition.h", "common/cache.h", "common/words.h", "common/trace.h",
         "cpu/stream.hpp", "cpu/matvec.hpp", "common/residual.h", "cpu/attention.hpp",
         "common/attention.h", "common/splits.h", "common/random.h", "common/choice.h", "common/logprobs.h",
         "common/threshold.h", "common/sampling.h", "common/decoder.h", "cpu/kernels.hpp",

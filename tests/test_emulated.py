@@ -53,8 +53,8 @@ SMALL = {
 CASES = {
     "llama": Case("llama", 4, seeds=(1, 2, 3, 4)),
     # Two stages, one in flight: the ring turns over all the time.
-    "narrow-ring": Case("llama", 5, stages=2, knobs={"in_flight": 1, "in_flight_head": 1}),
-    "more-blocks-than-units": Case("llama", 12, {**TINY, "num_key_value_heads": 6, "intermediate_size": 40}, stages=3),
+    "narrow-ring": Case("llama", 5, stages=2, knobs={"in_flight": 1, "in_flight_head": 1, "in_flight_exchange": 1, "stage_bytes": 8192}),
+    "more-blocks-than-units": Case("llama", 12, {**TINY, "num_key_value_heads": 6, "intermediate_size": 40}, stages=3, knobs={"stage_bytes": 8192}),
     "one-block": Case("llama", 1, TINY),
     # Groups of 4 and 2 fragments, units of 4 rows.
     "wide": Case(
@@ -80,13 +80,13 @@ CASES = {
                 "original_max_position_embeddings": 64,
             },
         },
-        knobs={"stage_bytes": 8192},
+        knobs={"stage_bytes": 16384},
     ),
     "fp16": Case("llama", 4, {"dtype": "float16"}),
     # Twelve query heads of one KV head: two tiles of attention.
     "two-tiles": Case("llama", 5, {**TINY, "num_attention_heads": 12, "num_key_value_heads": 1}),
     "mistral-window": Case("mistral", 4, {**TINY, "sliding_window": 7}, tokens=20),
-    "planted": Case("llama", 5, TINY, stages=3, tokens=4),
+    "planted": Case("llama", 5, TINY, stages=3, tokens=4, knobs={"stage_bytes": 8192}),
     # So many rows in a block that several threads meet each, and bins of a search hold several.
     "sampled": Case("llama", 3, {**TINY, "num_hidden_layers": 1, "vocab_size": 1103}, tokens=4),
     # Splits that combine while gathering, then in a step of its own; a later chunk while an earlier one is used.
@@ -96,8 +96,9 @@ CASES = {
     "turns": Case(
         "llama", 4, {**SMALL, "max_position_embeddings": 1024}, tokens=660, knobs={"turn": 2}, seeds=(1,)
     ),
-    # Norms of queries at the widest head: values and norm weights are fetched late, and a chunk follows.
-    "late-values": Case("qwen3", 2, {**SMALL, "head_dim": 128, "num_hidden_layers": 2}, tokens=140, seeds=(1,)),
+    "widest-head": Case(
+        "qwen3", 2, {**SMALL, "head_dim": 128, "num_hidden_layers": 2}, tokens=140, knobs={"stage_bytes": 16384}, seeds=(1,)
+    ),
     "one-split": Case("llama", 2, SMALL, tokens=270),
     # A window that leaves chunks behind, so that the first split is any of the three.
     "long-window": Case(
@@ -108,7 +109,7 @@ CASES = {
         "qwen3",
         5,
         {"head_dim": 96, "num_attention_heads": 4, "num_key_value_heads": 2},
-        knobs={"in_flight": 3, "in_flight_head": 4},
+        knobs={"in_flight": 3, "in_flight_head": 4, "stage_bytes": 16384},
     ),
 }
 
@@ -268,7 +269,7 @@ def test_searches_beyond_what_a_tag_can_count() -> None:
     sound, checkpoint = emulated("sampled")
 
     def patch(headers: dict[str, str]) -> dict[str, str]:
-        file, old = "cuda/stream.cuh", "w.level_searches[2] = 0;"
+        file, old = "common/words.h", "w.level_searches[2] = 0;"
         assert old in headers[file]
         return {**headers, file: headers[file].replace(old, "w.level_searches[2] = 2044;")}
 
@@ -317,9 +318,11 @@ def test_emulated_16_bit_numbers_round_as_numpy_does(tmp_path: Path) -> None:
 
 # Each is one small change of the kernel that its tests must notice.
 BUGS = {
-    "a stage used before it has arrived": ("cuda/matvec.cuh", "if (taken_ == 0) wait_full();", ""),
-    "a stage overwritten while it is read": ("cuda/stream.cuh", "if (!wait_empty(from)) return false;", ""),
-    "a stage released before it is read": ("cuda/matvec.cuh", "if (lane() == 0) barrier_arrive", "barrier_arrive"),
+    "a stage used before it has arrived": ("cuda/matvec.cuh", "if (taken_ == 0) wait_full<P>(cursor_, where_);", ""),
+    "a stage overwritten while it is read": ("cuda/stream.cuh", "if (!wait_empty(next)) return false;", ""),
+    "a stage released before it is read": ("cuda/stream.cuh", "if (lane() == 0) barrier_arrive", "barrier_arrive"),
+    "a tile used before it has arrived": ("cuda/attention.cuh", "wait_full<P, Tiles<P>::MOST_STAGES>(stream, stages, where);", ""),
+    "a key copied before it is written": ("cuda/stream.cuh", "if (where_.layer == 0) wait_written();", ""),
     "a value taken before it is ready": ("common/exchange.h", " && ready<BIT>(v[i], parity)", ""),
     "a value with the parity of its last use": (
         "common/exchange.h",
@@ -337,7 +340,7 @@ BUGS = {
         "barrier_expect(Ring<P>::full(head_.slot), bytes)",
         "barrier_expect(Ring<P>::full(head_.slot), 2 * bytes)",
     ),
-    "a new key that only its cache sees": ("cuda/attention.cuh", "insert_key(position - base);", ""),
+    "a new key that only its cache sees": ("cuda/attention.cuh", "insert_key(k, position - base);", ""),
 }
 
 

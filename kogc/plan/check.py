@@ -5,7 +5,7 @@ from __future__ import annotations
 from ..errors import KogcError
 from .matvec import FRAGMENT_BYTES, UNITS, WARPS, MatVec
 from .order import check_order, owners, scenarios
-from .plan import Plan
+from .plan import CHUNK, Plan
 from .shared_memory import HEAD_TILE, PARTIAL_UNITS, attention_scratch
 
 COPY_ALIGN = 16  # bytes: of addresses and sizes of bulk copies and vector loads
@@ -13,8 +13,9 @@ MAX_COPY = (1 << 20) - 1  # bytes that a barrier in shared memory can count
 MAX_VOCAB = 1 << 20  # the greedy choice packs a row into 20 bits
 MAX_VECTORS = 32  # vectors that one poll can await: bits of its mask
 VECTOR = 4  # words of a vector load
+KV_TILE = 16  # positions whose keys and values cross the ring together
 KEY_COLUMNS = 32  # columns of a key that one tensor-core step takes
-REDUCE_BYTES = 272  # warp sums, keys, stop flag, searches, what consumers and producer share
+REDUCE_BYTES = 436  # templates/common/words.h
 INT_MAX = (1 << 31) - 1
 
 
@@ -123,8 +124,12 @@ def _check_ring(plan: Plan) -> None:
             f"stage_bytes {knobs.stage_bytes} is not a multiple of {step}, a round of the warps in {phase.name}",
         )
     _require(knobs.stage_bytes <= MAX_COPY, f"stage_bytes {knobs.stage_bytes}: a barrier counts at most {MAX_COPY}")
+    tile = KV_TILE * plan.spec.head_dim * 4
+    _require(knobs.stage_bytes >= tile, f"stage_bytes {knobs.stage_bytes}: {KV_TILE} keys and values are {tile} bytes")
     fit = f"{max(stages, 0)} of {knobs.stage_bytes} bytes fit shared memory"
     _require(stages >= 2, f"the ring needs at least 2 stages: {fit}")
+    chunk = CHUNK // KV_TILE // min(CHUNK // KV_TILE, 1 << (knobs.stage_bytes // tile).bit_length() - 1)
+    _require(chunk <= stages, f"the ring must hold a chunk of keys and values, {chunk} stages: {fit}")
     for name, value in (
         ("in_flight", knobs.in_flight),
         ("in_flight_head", knobs.in_flight_head),

@@ -2,37 +2,10 @@
 // a unit's context in chunks of 128 positions, dealt in turns, so that the same block always meets the same chunk: what it
 // wrote there it alone reads. Each split puts its unnormalised output with its maximum and sum; the readers combine.
 //
-// The target's AttentionCore<P> holds keys and values (fetched before the query exists) and does the products.
+// Keys and values follow the weights of the QKV phase in the stream. The target's AttentionCore<P> does the products.
 #pragma once
 
 namespace kogc {
-
-// What a query at `position` sees of the cache. Chunks are dealt to splits in turns of P::TURN chunks.
-template <class P> struct Span {
-  static constexpr int POSITIONS = CHUNK * P::TURN;  // of a turn
-  int lowest, end, first, count;  // first position in the window, last chunk + 1; first turn, number of turns
-
-  KOGC_DEVICE Span(int position, int window) {
-    lowest = window && position >= window ? position - window + 1 : 0;
-    end = position / CHUNK + 1;
-    first = lowest / POSITIONS;
-    count = position / POSITIONS - first + 1;
-  }
-  KOGC_DEVICE int active() const { return count < P::SPLITS ? count : P::SPLITS; }
-  KOGC_DEVICE int split(int i) const { return (first + i) % P::SPLITS; }  // the i-th active split
-
-  // The first chunk of a split, and the one after `chunk`; from `end` on there are no more.
-  KOGC_DEVICE int first_chunk(int split) const {
-    const int turn = first + (split - first % P::SPLITS + P::SPLITS) % P::SPLITS, chunk = turn * P::TURN;
-    return turn == first && chunk < lowest / CHUNK ? lowest / CHUNK : chunk;
-  }
-  static KOGC_DEVICE int next_chunk(int chunk) { return chunk + 1 + ((chunk + 1) % P::TURN == 0 ? (P::SPLITS - 1) * P::TURN : 0); }
-  static KOGC_DEVICE int owner(int position) { return position / POSITIONS % P::SPLITS; }
-};
-
-template <class P> KOGC_DEVICE u16* chunk_address(u16* kv, int layer, int kv_head, int chunk) {
-  return kv + (((u64)layer * P::KV_HEADS + kv_head) * P::CHUNKS + chunk) * (2 * CHUNK * P::HEAD_DIM);
-}
 
 template <class P> KOGC_DEVICE float* partial_address(u8* exchange, int head, int split) {
   return (float*)(exchange + P::X_PARTIAL) + ((u64)head * P::SPLITS + split) * (P::HEAD_DIM + 4);
@@ -132,59 +105,43 @@ KOGC_DEVICE void prepare(const KernelArgs& args, AttentionCore<P>& core, int kv_
   }
 }
 
-// Asks for the keys and values of a layer well before they are loaded: the first chunks of this block.
-template <class P> KOGC_DEVICE void prefetch_cache(const KernelArgs& args, int position, int layer) {
-  constexpr int UNITS = P::KV_HEADS * P::HEAD_TILES, CHUNKS_AHEAD = 2;
-  const Span<P> span(position, P::window(layer));
-  const int unit = block() / P::SPLITS;
-  if (thread() != 0 || unit >= UNITS) return;
-  int chunk = span.first_chunk(block() % P::SPLITS);
-  for (int i = 0; i < CHUNKS_AHEAD && chunk < span.end; i++, chunk = span.next_chunk(chunk))
-    bulk_prefetch(chunk_address<P>(args.kv, layer, unit / P::HEAD_TILES, chunk), 4 * CHUNK * P::HEAD_DIM);
-}
-
 // This block's part of attention: every split of a unit puts a partial output, an empty one where it has no chunk, so that
 // the parity of every word changes with every layer.
 template <class P>
-KOGC_DEVICE void attend(const KernelArgs& args, int position, u32 parity, const Where& where) {
-  constexpr int UNITS = P::KV_HEADS * P::HEAD_TILES;
+KOGC_DEVICE void attend(Stream<P>& stream, const KernelArgs& args, int position, u32 parity, const Where& where) {
   const Span<P> span(position, P::window(where.layer));
-  const int split = block() % P::SPLITS;
-  for (int unit = block() / P::SPLITS; unit < UNITS; unit += P::BLOCKS / P::SPLITS) {
+  const int split = Units<P>::split();
+  for (int unit = Units<P>::first(); unit < Units<P>::COUNT; unit += Units<P>::STRIDE) {
     const int kv_head = unit / P::HEAD_TILES, tile = unit % P::HEAD_TILES;
     const int first_head = kv_head * P::GROUP + tile * P::HEADS_PER_BLOCK;
     const int left = P::GROUP - tile * P::HEADS_PER_BLOCK, heads = left < P::HEADS_PER_BLOCK ? left : P::HEADS_PER_BLOCK;
     const int first = span.first_chunk(split);
     if (first >= span.end) {
-      for (int i = thread(); i < heads * (P::HEAD_DIM + 4); i += THREADS) {
-        const int d = i % (P::HEAD_DIM + 4);
-        put(partial_address<P>(args.exchange, first_head + i / (P::HEAD_DIM + 4), split) + d, d == P::HEAD_DIM ? LOWEST : 0.0f, parity);
+      constexpr int VECTORS = P::HEAD_DIM / 4 + 1;
+      for (int i = thread(); i < heads * VECTORS; i += THREADS) {
+        const bool sums = i % VECTORS == VECTORS - 1;
+        put_vector(partial_address<P>(args.exchange, first_head + i / VECTORS, split) + i % VECTORS * 4, {sums ? LOWEST : 0, 0, 0, 0}, parity);
       }
       continue;
     }
     AttentionCore<P> core;
-    const u16* fetched = chunk_address<P>(args.kv, where.layer, kv_head, first);
-    core.fetch(fetched);
     const bool owner = span.owner(position) == split;
     prepare<P>(args, core, kv_head, first_head, heads, position, owner, parity, where);
-    core.fetch_rest(fetched);
     sync();
+    core.load_queries();
     Trace<P>::mark(args, QUERY);
-    for (int chunk = first; chunk < span.end;) {
-      const int next = span.next_chunk(chunk);
-      const u16* following = next < span.end ? chunk_address<P>(args.kv, where.layer, kv_head, next) : nullptr;
-      core.chunk(chunk * CHUNK, span.lowest, position, following);
-      chunk = next;
-    }
+    for (int chunk = first; chunk < span.end; chunk = span.next_chunk(chunk))
+      core.chunk(stream, chunk_address<P>(args.kv, where.layer, kv_head, chunk), chunk * CHUNK, span.lowest, position, where);
     core.finish(heads);
     sync();
     Trace<P>::mark(args, ATTENTION_PRODUCTS);
-    core.outputs(heads, [&](int head, int d, float value) {
-      put(partial_address<P>(args.exchange, first_head + head, split) + d, value, parity);
+    core.outputs(heads, [&](int head, int d, const float (&four)[4]) {
+      put_vector(partial_address<P>(args.exchange, first_head + head, split) + d, four, parity);
     });
     sync();
     Trace<P>::mark(args, ATTENTION_PUT);
   }
+  cache_written<P>(where);
 }
 
 }  // namespace kogc

@@ -44,7 +44,6 @@ template <class P> class Decoder {
  private:
   static constexpr bool PAIRS = !P::FP16 && P::FFN % 8 == 0;  // the widest vector crosses as two BF16 values a word
   static constexpr int HIDDEN_WORDS = PAIRS ? P::FFN / 2 : P::FFN;
-  static constexpr bool EARLY_GAMMA = !(P::QK_NORM && P::HEAD_DIM >= 128);  // there, attention needs the registers
 
   // Brings the phase's activation into shared memory, from what the blocks have put.
   KOGC_DEVICE void input() {
@@ -57,18 +56,17 @@ template <class P> class Decoder {
     } else {
       const bool first = phase_ == QKV && where_.layer == 0, after_attention = phase_ == GATE_UP;
       const int norm = 2 * where_.layer + after_attention;
-      if (!EARLY_GAMMA || first) load_gamma(norm);
-      if (phase_ == QKV) prefetch_cache<P>(args_, position(), where_.layer);
+      Quad gamma[Residual<P>::OWN];  // arrives while the blocks are awaited
+      Residual<P>::load_gamma(gamma, args_.norms + (u64)norm * P::HIDDEN);
       if (!first) Residual<P>::add(slot(after_attention ? P::X_O : P::X_DOWN), parity_, where_, after_attention ? WAIT_O : WAIT_DOWN);
-      Residual<P>::normalise(gamma_, activation<P>(), P::HIDDEN_PADDED);
-      if (EARLY_GAMMA && phase_ != HEAD) load_gamma(norm + 1);  // the next norm's weights have a phase's time to arrive
+      Residual<P>::normalise(gamma, activation<P>(), P::HIDDEN_PADDED);
       mark(first ? EMBED : after_attention ? O_GATHER : DOWN_GATHER);
     }
   }
 
   KOGC_DEVICE void attention() {
     const Span<P> span(position(), P::window(where_.layer));
-    attend<P>(args_, position(), parity_, where_);
+    attend<P>(stream_, args_, position(), parity_, where_);
     if (span.active() <= P::GATHER_SPLITS) {
       gather_partials<P>(args_, span, activation<P>(), parity_, where_);
       clear_activation(activation<P>(), P::Q_ROWS, P::O::COLUMNS_PADDED);
@@ -82,12 +80,12 @@ template <class P> class Decoder {
 
   // Multiplies this block's rows of the phase and puts the results where the next phase finds them.
   KOGC_DEVICE void project() {
-    const Work work = work_of<P>(phase_);
+    const Work work = words<P>().work[phase_];
     const bool normalised = phase_ != O && phase_ != DOWN;
     const bool asks = phase_ == HEAD && block() == 0 && thread() == 0;
     const i32 stop = asks ? load_host(args_.stop_word) : 0;  // arrives while the rows stream
     u64 best = 0;
-    float* to = slot(phase_ == QKV ? P::X_QKV : phase_ == O ? P::X_O : phase_ == GATE_UP ? P::X_HIDDEN : P::X_DOWN);
+    float* to = slot(work.exchange);
     const u16* bias = args_.qkv_bias + (u64)where_.layer * P::Qkv::ROWS;
     const int mine = work.first + ROWS_TOGETHER * thread();
     Quad early = {};  // the bias of this thread's first rows, on its way before it is needed
@@ -118,7 +116,7 @@ template <class P> class Decoder {
           q = {opaque(q.low), opaque(q.high)};
           KOGC_UNROLL for (int e = 0; e < ROWS_TOGETHER; e++) y[e] += element<P::FP16>(q, e);
         }
-        KOGC_UNROLL for (int e = 0; e < ROWS_TOGETHER; e++) put(to + row + e, y[e], parity_);
+        put_vector(to + row, y, parity_);
       }
     });
     if (phase_ != HEAD) mark(output_mark());
@@ -164,7 +162,6 @@ template <class P> class Decoder {
     return !stopped;
   }
 
-  KOGC_DEVICE void load_gamma(int norm) { Residual<P>::load_gamma(gamma_, args_.norms + (u64)norm * P::HIDDEN); }
   KOGC_DEVICE float* slot(int offset) const { return (float*)(args_.exchange + offset); }
   KOGC_DEVICE int position() const { return args_.start + where_.step; }
   KOGC_DEVICE void mark(Mark what) const { Trace<P>::mark(args_, what); }
@@ -178,7 +175,6 @@ template <class P> class Decoder {
   Where where_;
   int phase_ = QKV;
   u32 parity_ = 0, combined_parity_ = 0;
-  Quad gamma_[Residual<P>::OWN];  // of the next norm
 };
 
 }  // namespace kogc

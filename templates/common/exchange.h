@@ -13,6 +13,11 @@ constexpr float PAIR_SCALE = 5.421010862427522e-20f, PAIR_UNSCALE = 184467440737
 
 KOGC_DEVICE void put(float* slot, float v, u32 parity) { store_word(slot, (as_word(v) & ~1u) | parity); }
 
+KOGC_DEVICE void put_vector(float* slot, const float (&v)[4], u32 parity) {  // on a boundary of 16 bytes
+  store_words(slot, {(as_word(v[0]) & ~1u) | parity, (as_word(v[1]) & ~1u) | parity, (as_word(v[2]) & ~1u) | parity,
+                     (as_word(v[3]) & ~1u) | parity});
+}
+
 KOGC_DEVICE void put_pair(u32* slot, float a, float b, u32 parity) {
   const u32 w = pack16(float_to_bf16(a * PAIR_SCALE), float_to_bf16(b * PAIR_SCALE));
   store_word(slot, (w & ~(1u << PAIR_BIT)) | parity << PAIR_BIT);

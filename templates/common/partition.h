@@ -10,22 +10,23 @@ constexpr int LAYER_PHASES = HEAD;
 constexpr int ROWS_TOGETHER = 4;  // rows that a mat-vec hands on at once; units hold a multiple of it
 
 // A block's share of a phase: `units` units of `unit` rows, from row `first` on, of `rows` true rows.
-struct Work { int units, unit, first, rows, columns; };
+// `exchange` is where its results go, in bytes from the start of the exchange buffer.
+struct alignas(16) Work { int units, unit, first, rows, columns, exchange; };
 
-template <class P, class M> KOGC_DEVICE Work share() {
+template <class P, class M> KOGC_DEVICE Work share(int exchange) {
   int rank = block() - M::ROTATION;
   if (rank < 0) rank += P::BLOCKS;
   const bool extra = rank < M::REMAINDER;
-  return {M::BASE + extra, M::UNIT, (rank * M::BASE + (extra ? rank : M::REMAINDER)) * M::UNIT, M::ROWS, M::COLUMNS_PADDED};
+  return {M::BASE + extra, M::UNIT, (rank * M::BASE + (extra ? rank : M::REMAINDER)) * M::UNIT, M::ROWS, M::COLUMNS_PADDED, exchange};
 }
 
 template <class P> KOGC_DEVICE Work work_of(int phase) {
   switch (phase) {
-    case QKV: return share<P, typename P::Qkv>();
-    case O: return share<P, typename P::O>();
-    case GATE_UP: return share<P, typename P::GateUp>();
-    case DOWN: return share<P, typename P::Down>();
-    default: return share<P, typename P::Head>();
+    case QKV: return share<P, typename P::Qkv>(P::X_QKV);
+    case O: return share<P, typename P::O>(P::X_O);
+    case GATE_UP: return share<P, typename P::GateUp>(P::X_HIDDEN);
+    case DOWN: return share<P, typename P::Down>(P::X_DOWN);
+    default: return share<P, typename P::Head>(P::X_KEYS);
   }
 }
 

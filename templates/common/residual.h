@@ -85,7 +85,10 @@ template <class P> struct Residual {
 
   static KOGC_DEVICE float inverse_rms() {
     float total = 0;
-    KOGC_UNROLL for (int w = 0; w < WARPS; w++) total += words<P>().warp_sums[w];
+    KOGC_UNROLL for (int w = 0; w < WARPS; w += 4) {
+      const Vector v = *(const Vector*)(words<P>().warp_sums + w);
+      total += (v.a + v.b) + (v.c + v.d);
+    }
     return reciprocal_sqrt(total * (1.0f / P::HIDDEN) + P::NORM_EPS);
   }
 };

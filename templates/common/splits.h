@@ -88,7 +88,8 @@ KOGC_DEVICE void combine(const KernelArgs& args, const Span<P>& span, u32 parity
         KOGC_UNROLL for (int e = 0; e < 4; e++) o[e] += p.o[e] * weight;
       }
       float* to = (float*)(args.exchange + P::X_ATTENTION) + head * P::HEAD_DIM + 4 * vector;
-      KOGC_UNROLL for (int e = 0; e < 4; e++) put(to + e, o[e] * reciprocal(sum), out_parity);
+      const float inverse = reciprocal(sum);
+      put_vector(to, {o[0] * inverse, o[1] * inverse, o[2] * inverse, o[3] * inverse}, out_parity);
     }
     sync();
   }

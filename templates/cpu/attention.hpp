@@ -13,17 +13,16 @@ template <class P> class AttentionCore {
   static_assert(DIM % WIDTH == 0, "head_dim must be a multiple of 32");
 
  public:
-  KOGC_DEVICE void fetch(const u16* chunk) { chunk_ = chunk; }
-  KOGC_DEVICE void fetch_rest(const u16*) {}
-
   KOGC_DEVICE void store_query(int head, int d, float v) {  // head after head
     query_[head][place(d)] = v;
     heads_ = head + 1;
   }
+  KOGC_DEVICE void load_queries() {}
   KOGC_DEVICE void store_key(u16* chunk, int row, int d, u16 v) { chunk[row * DIM + d] = v; }
   KOGC_DEVICE void store_value(u16* chunk, int row, int d, u16 v) { chunk[(CHUNK + row) * DIM + d] = v; }
 
-  KOGC_DEVICE void chunk(int first_position, int lowest, int position, const u16* following) {
+  KOGC_DEVICE void chunk(Stream<P>&, const u16* chunk, int first_position, int lowest, int position, const Where&) {
+    chunk_ = chunk;
     const int first = lowest > first_position ? lowest - first_position : 0;
     const int last = position - first_position < CHUNK - 1 ? position - first_position : CHUNK - 1;
     for (int h = 0; h < heads_; h++) {
@@ -32,19 +31,15 @@ template <class P> class AttentionCore {
       const float keep = softmax(p, h, first, last);
       for (int d = 0; d < DIM; d += PART) accumulate(p, keep, h, d, first, last);
     }
-    chunk_ = following;
   }
 
   KOGC_DEVICE void finish(int) {}
 
-  // Hands each word of the partial output to `result(head, index, value)`: DIM outputs, maximum, sum, two zeros.
+  // Hands each vector of the partial output to `result(head, index, values)`: DIM outputs; maximum, sum, two zeros.
   template <class Result> KOGC_DEVICE void outputs(int heads, Result result) {
     for (int h = 0; h < heads; h++) {
-      for (int d = 0; d < DIM; d++) result(h, d, out_[h][place(d)]);
-      result(h, DIM, maximum_[h]);
-      result(h, DIM + 1, sum_[h]);
-      result(h, DIM + 2, 0.0f);
-      result(h, DIM + 3, 0.0f);
+      for (int d = 0; d < DIM; d += 4) result(h, d, {out_[h][place(d)], out_[h][place(d + 1)], out_[h][place(d + 2)], out_[h][place(d + 3)]});
+      result(h, DIM, {maximum_[h], sum_[h], 0, 0});
     }
   }
 

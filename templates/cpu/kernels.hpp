@@ -53,6 +53,7 @@ struct Team {
 // One block's part, to the end of the generation. Not inlined: what calls setjmp is not optimised.
 template <class P>
 inline __attribute__((noinline)) void generate_block(const KernelArgs& args) {
+  init_words<P>();
   Stream<P> stream;
   Decoder<P> decoder(args, stream);
   const int steps = Generation<P>::steps(args);

@@ -54,6 +54,10 @@ KOGC_DEVICE void add_shared(u64* p, u64 v) { *p += v; }
 struct alignas(16) Words { u32 x, y, z, w; };
 
 KOGC_DEVICE void store_word(void* p, u32 v) { __atomic_store_n((u32*)p, v, __ATOMIC_RELAXED); }
+KOGC_DEVICE void store_words(void* p, Words v) {
+  const u32 words[4] = {v.x, v.y, v.z, v.w};
+  for (int i = 0; i < 4; i++) store_word((u32*)p + i, words[i]);
+}
 KOGC_DEVICE void store_key(void* p, u64 v) { __atomic_store_n((u64*)p, v, __ATOMIC_RELAXED); }
 KOGC_DEVICE u32 load_word(const void* p) { return __atomic_load_n((const u32*)p, __ATOMIC_RELAXED); }
 KOGC_DEVICE u64 load_key(const void* p) { return __atomic_load_n((const u64*)p, __ATOMIC_RELAXED); }
@@ -163,7 +167,6 @@ KOGC_DEVICE void prefetch(const void* p) { _mm_prefetch((const char*)p, _MM_HINT
 constexpr int AHEAD = 4096;  // bytes from what is read to what is fetched
 
 // --- time, and the end of patience -----------------------------------------------------------------------------------
-KOGC_DEVICE void bulk_prefetch(const void*, int) {}  // the hardware's own prefetch does
 KOGC_DEVICE long long clock_cycles() { return (long long)__builtin_ia32_rdtsc(); }
 // The waiting thread's own time: a stopped process or a busy machine is not a stall.
 KOGC_DEVICE u64 nanoseconds() {

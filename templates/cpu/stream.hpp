@@ -12,5 +12,6 @@ template <class P> struct Stream {
 
 template <class P> KOGC_DEVICE void exchange_begins() {}
 template <class P> KOGC_DEVICE void exchange_ends() {}
+template <class P> KOGC_DEVICE void cache_written(const Where&) {}
 
 }  // namespace kogc

@@ -9,86 +9,85 @@ namespace kogc {
 template <class P> KOGC_DEVICE char* scratch() { return shared() + P::ACTIVATION_OFFSET; }
 
 template <class P> class AttentionCore {
-  static constexpr int DIM = P::HEAD_DIM, ROW = DIM + 8;  // padded row of a query: rows of a fragment in different banks
-  static constexpr int HEADS = P::HEADS_PER_BLOCK, OUT = DIM + 4;
-  static constexpr bool LATE_VALUES = P::QK_NORM && DIM >= 128;
+  static constexpr int DIM = P::HEAD_DIM, ROW = DIM + 16;  // padded row of a query: rows of a fragment in different banks
+  static constexpr int HEADS = P::HEADS_PER_BLOCK, OUT = DIM + 4, STEPS = DIM / 16;
 
  public:
-  // Keys and values of this warp's 16 positions of a chunk, on their way before the query is known; where norms need the
-  // registers, the values only after the query.
-  KOGC_DEVICE void fetch(const u16* chunk) {
-    fetch_keys(chunk);
-    if constexpr (!LATE_VALUES) fetch_values(chunk);
-  }
-  KOGC_DEVICE void fetch_rest(const u16* chunk) {
-    if constexpr (LATE_VALUES) fetch_values(chunk);
-  }
-
   KOGC_DEVICE void store_query(int head, int d, float v) {
     const u16 high = float_to_bf16(v);
     queries()[head * ROW + d] = high;
     queries()[(8 + head) * ROW + d] = float_to_bf16(v - bf16_to_float(high));
   }
+  KOGC_DEVICE void load_queries() {
+    const u16* from = queries() + row() * ROW + column() * 2;
+    KOGC_UNROLL for (int s = 0; s < STEPS; s++) {
+      q_[0][s] = *(const Quad*)(from + s * 16);
+      q_[1][s] = *(const Quad*)(from + 8 * ROW + s * 16);
+    }
+  }
+
+  // A tile holds 16 positions: keys, then values, in fragments of 16 dimensions, each in the order in which lanes load it.
   KOGC_DEVICE void store_key(u16* chunk, int row, int d, u16 v) {
     new_key()[d] = v;
-    chunk[row * DIM + d] = v;
+    const int r = row % 16, owner = r % 8 * 4 + d % 16 / 4, element = d % 4 / 2 * 4 + r / 8 * 2 + d % 2;
+    chunk[row / 16 * (32 * DIM) + (d / 16 * 32 + owner) * 8 + element] = v;
   }
-  // Values lie in fragments of 16 positions x 16 dimensions, in the order in which lanes load them.
   KOGC_DEVICE void store_value(u16* chunk, int row, int d, u16 v) {
     new_value()[d] = v;
     const int r = row % 16, element = d % 16 / 8 * 4 + r % 2 + r / 8 * 2, owner = d % 8 * 4 + r % 8 / 2;
-    chunk[CHUNK * DIM + row / 16 * (16 * DIM) + (d / 16 * 32 + owner) * 8 + element] = v;
+    chunk[row / 16 * (32 * DIM) + 16 * DIM + (d / 16 * 32 + owner) * 8 + element] = v;
   }
 
-  // One chunk's 16 positions of this warp; meanwhile the chunk after it is fetched.
-  KOGC_DEVICE void chunk(int first_position, int lowest, int position, const u16* following) {
+  // One chunk of the cache, from the ring: each warp multiplies its tile.
+  KOGC_DEVICE void chunk(Stream<P>& stream, const u16*, int first_position, int lowest, int position, const Where& where) {
+    constexpr int IN_STAGE = Tiles<P>::IN_STAGE;
+    const int stages = (Tiles<P>::in_use(first_position / CHUNK, position) + IN_STAGE - 1) / IN_STAGE;
     const int base = first_position + warp() * 16;
-    const bool any = base <= position && base + 15 >= lowest;
-    float p[4], keep[2];
-    if (any) {
-      insert_key(position - base);
-      scores(p, base, lowest, position);
-      softmax(p, keep);
+    wait_full<P, Tiles<P>::MOST_STAGES>(stream, stages, where);
+    if (base <= position && base + 15 >= lowest) {
+      Stream<P> mine = stream;
+      mine.advance(warp() / IN_STAGE);
+      tile(Ring<P>::stage(mine.slot) + warp() % IN_STAGE * Tiles<P>::BYTES, base, lowest, position);
     }
-    if (!LATE_VALUES && following) fetch_keys(following);
-    if (any) {
-      insert_value(position - base);
-      accumulate(p, keep);
-    }
-    if (LATE_VALUES && following) fetch_keys(following);
-    if (following) fetch_values(following);
+    give_back(stream, stages);
   }
 
   // This warp's sums and outputs, to where all warps' meet.
   KOGC_DEVICE void finish(int heads) {
+    KOGC_UNROLL for (int m = 4; m < 32; m *= 2) KOGC_UNROLL for (int h = 0; h < 2; h++) sum_[h] += shuffle_xor(sum_[h], m);
     KOGC_UNROLL for (int h = 0; h < 2; h++) {
-      float sum = sum_[h];
-      KOGC_UNROLL for (int m = 4; m < 32; m *= 2) sum += shuffle_xor(sum, m);
       const int head = column() + h;
       if (head >= heads) continue;
       float* to = out(warp(), head) + row();
-      KOGC_UNROLL for (int j = 0; j < DIM / 16; j++) {
+      KOGC_UNROLL for (int j = 0; j < STEPS; j++) {
         to[j * 16] = o_[j][h];
         to[j * 16 + 8] = o_[j][h + 2];
       }
       if (row() == 0) {
         to[DIM] = maximum_[h];
-        to[DIM + 1] = sum;
+        to[DIM + 1] = sum_[h];
       }
     }
   }
 
-  // Hands each word of the partial output to `result(head, index, value)`: DIM outputs, maximum, sum, two zeros.
+  // Hands each vector of the partial output to `result(head, index, values)`: DIM outputs; maximum, sum, two zeros.
   template <class Result> KOGC_DEVICE void outputs(int heads, Result result) {
-    for (int i = thread(); i < heads * OUT; i += THREADS) {
-      const int head = i / OUT, d = i % OUT;
-      float maximum = LOWEST, value = 0;
-      KOGC_UNROLL for (int w = 0; w < WARPS; w++) maximum = fmaxf(maximum, out(w, head)[DIM]);
-      if (d < DIM || d == DIM + 1) KOGC_UNROLL for (int w = 0; w < WARPS; w++) {
-        const float* from = out(w, head);
-        if (from[DIM + 1] != 0) value += exp2_fast(from[DIM] - maximum) * from[d];
+    constexpr int VECTORS = OUT / 4;
+    for (int i = thread(); i < heads * VECTORS; i += THREADS) {
+      const int head = i / VECTORS, d = i % VECTORS * 4;
+      float maximum = LOWEST, weights[WARPS], four[4] = {};
+      KOGC_UNROLL for (int w = 0; w < WARPS; w++) weights[w] = out(w, head)[DIM];
+      KOGC_UNROLL for (int w = 0; w < WARPS; w++) maximum = fmaxf(maximum, weights[w]);
+      KOGC_UNROLL for (int w = 0; w < WARPS; w++) {
+        const Words o = *(const Words*)(out(w, head) + d);
+        const float weight = exp2_fast(weights[w] - maximum);  // zero for a warp without positions, whose outputs are zeros
+        four[0] += weight * (d == DIM ? 0 : as_float(o.x));
+        four[1] += weight * as_float(o.y);
+        four[2] += weight * (d == DIM ? 0 : as_float(o.z));
+        four[3] += weight * (d == DIM ? 0 : as_float(o.w));
       }
-      result(head, d, d == DIM ? maximum : value);
+      if (d == DIM) four[0] = maximum;
+      result(head, d, four);
     }
   }
 
@@ -100,61 +99,56 @@ template <class P> class AttentionCore {
   static KOGC_DEVICE int row() { return lane() >> 2; }          // of A and C: a position or dimension; of B: a head
   static KOGC_DEVICE int column() { return (lane() & 3) * 2; }  // first of this lane's two columns of C: heads
 
-  KOGC_DEVICE void fetch_keys(const u16* chunk) {
-    const u16* from = chunk + (warp() * 16 + row()) * DIM + (lane() & 3) * 8;
-    KOGC_UNROLL for (int t = 0; t < 2; t++)
-      KOGC_UNROLL for (int s = 0; s < DIM / 32; s++) k_[t][s] = load_l2(from + t * 8 * DIM + s * 32);
-  }
-  KOGC_DEVICE void fetch_values(const u16* chunk) {
-    const u16* from = chunk + CHUNK * DIM + warp() * 16 * DIM + lane() * 8;
-    KOGC_UNROLL for (int j = 0; j < DIM / 16; j++) v_[j] = load_l2(from + j * 256);
+  KOGC_DEVICE void tile(const char* from, int base, int lowest, int position) {
+    const Words* fragments = (const Words*)from + lane();
+    Words k[STEPS], v[STEPS];
+    KOGC_UNROLL for (int s = 0; s < STEPS; s++) k[s] = fragments[s * 32];
+    KOGC_UNROLL for (int j = 0; j < STEPS; j++) v[j] = fragments[(STEPS + j) * 32];
+    float p[4], keep[2];
+    insert_key(k, position - base);
+    scores(p, k, base, lowest, position);
+    softmax(p, keep);
+    insert_value(v, position - base);
+    accumulate(p, keep, v);
   }
 
-  // The token at hand is not yet in the fetched keys and values: row `r` of these 16, if it is among them.
-  KOGC_DEVICE void insert_key(int r) {
-    if (r >= 16) return;
-    KOGC_UNROLL for (int s = 0; s < DIM / 32; s++) {
-      const Words key = *(const Words*)(new_key() + s * 32 + (lane() & 3) * 8);
-      select(k_[0][s], key, r == row());
-      select(k_[1][s], key, r == row() + 8);
+  // The token at hand may not yet be in the copied keys and values: row `r` of these 16, if it is among them.
+  KOGC_DEVICE void insert_key(Words (&k)[STEPS], int r) {
+    if (r >= 16 || r % 8 != row()) return;
+    KOGC_UNROLL for (int s = 0; s < STEPS; s++) {
+      const Quad key = *(const Quad*)(new_key() + s * 16 + column() * 2);
+      if (r < 8) {
+        k[s].x = key.low;
+        k[s].z = key.high;
+      } else {
+        k[s].y = key.low;
+        k[s].w = key.high;
+      }
     }
   }
-  static KOGC_DEVICE void select(Words& to, const Words& from, bool yes) {
-    to.x = yes ? from.x : to.x;
-    to.y = yes ? from.y : to.y;
-    to.z = yes ? from.z : to.z;
-    to.w = yes ? from.w : to.w;
-  }
-  KOGC_DEVICE void insert_value(int r) {
+  KOGC_DEVICE void insert_value(Words (&v)[STEPS], int r) {
     if (r >= 16 || r % 8 / 2 != (lane() & 3)) return;
     const u32 keep = r % 2 ? 0x0000ffffu : 0xffff0000u, shift = r % 2 * 16;
-    KOGC_UNROLL for (int j = 0; j < DIM / 16; j++) {
+    KOGC_UNROLL for (int j = 0; j < STEPS; j++) {
       const u32 low = (u32)new_value()[j * 16 + row()] << shift, high = (u32)new_value()[j * 16 + 8 + row()] << shift;
       if (r < 8) {
-        v_[j].x = (v_[j].x & keep) | low;
-        v_[j].z = (v_[j].z & keep) | high;
+        v[j].x = (v[j].x & keep) | low;
+        v[j].z = (v[j].z & keep) | high;
       } else {
-        v_[j].y = (v_[j].y & keep) | low;
-        v_[j].w = (v_[j].w & keep) | high;
+        v[j].y = (v[j].y & keep) | low;
+        v[j].w = (v[j].w & keep) | high;
       }
     }
   }
 
   // Scores of 16 positions: p[h] for (position row(), head column() + h), p[2 + h] for (position row() + 8, the same).
-  KOGC_DEVICE void scores(float (&p)[4], int base, int lowest, int position) {
-    float c[2][4] = {};
-    KOGC_UNROLL for (int s = 0; s < DIM / 32; s++) {
-      const u16* from = queries() + row() * ROW + s * 32 + (lane() & 3) * 8;
-      const Words high = *(const Words*)from, low = *(const Words*)(from + 8 * ROW);
-      const Words &a = k_[0][s], &b = k_[1][s];
-      mma<false>(c[0], a.x, b.x, a.y, b.y, high.x, high.y);
-      mma<false>(c[1], a.z, b.z, a.w, b.w, high.z, high.w);
-      mma<false>(c[0], a.x, b.x, a.y, b.y, low.x, low.y);
-      mma<false>(c[1], a.z, b.z, a.w, b.w, low.z, low.w);
-    }
+  KOGC_DEVICE void scores(float (&p)[4], const Words (&k)[STEPS], int base, int lowest, int position) {
+    float c[2][2][4] = {};  // chains of dependent products
+    KOGC_UNROLL for (int s = 0; s < STEPS; s++) KOGC_UNROLL for (int part = 0; part < 2; part++)
+      mma<false>(c[part][s % 2], k[s].x, k[s].y, k[s].z, k[s].w, q_[part][s].low, q_[part][s].high);
     KOGC_UNROLL for (int i = 0; i < 4; i++) {
       const int at = base + row() + i / 2 * 8;
-      p[i] = at >= lowest && at <= position ? c[0][i] + c[1][i] : LOWEST;
+      p[i] = at >= lowest && at <= position ? (c[0][0][i] + c[0][1][i]) + (c[1][0][i] + c[1][1][i]) : LOWEST;
     }
   }
 
@@ -172,22 +166,22 @@ template <class P> class AttentionCore {
     }
   }
 
-  KOGC_DEVICE void accumulate(const float (&p)[4], const float (&keep)[2]) {
+  KOGC_DEVICE void accumulate(const float (&p)[4], const float (&keep)[2], const Words (&v)[STEPS]) {
     u32 high[2], low[2];  // [positions 0-7, 8-15], transposed: lane holds head row(), positions column() and + 1
     KOGC_UNROLL for (int t = 0; t < 2; t++) {
       const u16 a = float_to_bf16(p[2 * t]), b = float_to_bf16(p[2 * t + 1]);
       high[t] = transpose8x8(pack16(a, b));
       low[t] = transpose8x8(pack16(float_to_bf16(p[2 * t] - bf16_to_float(a)), float_to_bf16(p[2 * t + 1] - bf16_to_float(b))));
     }
-    KOGC_UNROLL for (int j = 0; j < DIM / 16; j++) {
+    KOGC_UNROLL for (int j = 0; j < STEPS; j++) {
       KOGC_UNROLL for (int e = 0; e < 4; e++) o_[j][e] *= keep[e % 2];
-      mma<false>(o_[j], v_[j].x, v_[j].z, v_[j].y, v_[j].w, high[0], high[1]);
-      mma<false>(o_[j], v_[j].x, v_[j].z, v_[j].y, v_[j].w, low[0], low[1]);
+      mma<false>(o_[j], v[j].x, v[j].z, v[j].y, v[j].w, high[0], high[1]);
+      mma<false>(o_[j], v[j].x, v[j].z, v[j].y, v[j].w, low[0], low[1]);
     }
   }
 
-  Words k_[2][DIM / 32], v_[DIM / 16];
-  float o_[DIM / 16][4] = {};  // [16 dimensions]: (row(), column()), (row(), column() + 1), and the same of row() + 8
+  Quad q_[2][STEPS];  // queries of head row(), dimensions column() * 2 .. + 3 of each 16: [what BF16 holds, what it leaves]
+  float o_[STEPS][4] = {};  // [16 dimensions]: (row(), column()), (row(), column() + 1), and the same of row() + 8
   float maximum_[2] = {LOWEST, LOWEST}, sum_[2] = {};  // of heads column() and + 1; the sums over this lane's positions only
 };
 

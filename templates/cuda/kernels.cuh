@@ -10,13 +10,18 @@ template <class P> KOGC_DEVICE void produce(const KernelArgs& args, int steps) {
   bool wanted = true;
   for (int step = 0; wanted && step < steps; step++) {
     const u8* from = slab;
-    producer.rewind(slab);
-    for (int i = 0; wanted && i < Generation<P>::phases(args, step); i++) wanted = producer.copy(from, phase_at<P>(i), step);
+    producer.begin(step, slab);
+    for (int i = 0; wanted && i < Generation<P>::phases(args, step); i++) {
+      const int phase = phase_at<P>(i);
+      producer.at_layer(i / LAYER_PHASES);
+      wanted = (phase != O || producer.copy_cache(from)) && producer.copy(from, phase);
+    }
   }
   producer.drain();
 }
 
 template <class P> KOGC_DEVICE void generate(const KernelArgs& args) {
+  init_words<P>();
   Ring<P>::init();
   const int steps = Generation<P>::steps(args);
   if (warp() == PRODUCER) {

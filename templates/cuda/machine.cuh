@@ -51,6 +51,9 @@ KOGC_DEVICE void add_shared(u64* p, u64 v) {
 struct alignas(16) Words { u32 x, y, z, w; };
 
 KOGC_DEVICE void store_word(void* p, u32 v) { asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" ::"l"(p), "r"(v) : "memory"); }
+KOGC_DEVICE void store_words(void* p, Words v) {  // each word by itself is relaxed
+  asm volatile("st.relaxed.gpu.global.v4.u32 [%0], {%1,%2,%3,%4};" ::"l"(p), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
+}
 KOGC_DEVICE void store_key(void* p, u64 v) { asm volatile("st.relaxed.gpu.global.u64 [%0], %1;" ::"l"(p), "l"(v) : "memory"); }
 KOGC_DEVICE u32 load_word(const void* p) {
   u32 v;
@@ -74,10 +77,13 @@ KOGC_DEVICE i32 load_host(const void* p) {
   return v;
 }
 
-// --- plain data --------------------------------------------------------------------------------------------------------
-KOGC_DEVICE Words load_l2(const void* p) {  // past the first-level cache: the KV cache is written while the kernel runs
-  Words v;
-  asm volatile("ld.global.cg.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p));
+KOGC_DEVICE u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
+
+// --- a word in shared memory that says what was written before it ----------------------------------------------------
+KOGC_DEVICE void publish(u32* p, u32 v) { asm volatile("st.release.cta.shared::cta.u32 [%0], %1;" ::"r"(shared_address(p)), "r"(v) : "memory"); }
+KOGC_DEVICE u32 published(u32* p) {
+  u32 v;
+  asm volatile("ld.acquire.cta.shared::cta.u32 %0, [%1];" : "=r"(v) : "r"(shared_address(p)) : "memory");
   return v;
 }
 
@@ -119,7 +125,6 @@ KOGC_DEVICE u32 transpose8x8(u32 v) {
 
 // --- bulk copies and the barriers that count their bytes --------------------------------------------------------------------
 using Barrier = u64;
-KOGC_DEVICE u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
 KOGC_DEVICE void barrier_init(Barrier* b, int arrivals) { asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(b)), "r"(arrivals)); }
 KOGC_DEVICE void barrier_init_done() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
 KOGC_DEVICE void barrier_arrive(Barrier* b) { asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(b)) : "memory"); }
@@ -149,6 +154,7 @@ KOGC_DEVICE void bulk_copy(void* to, const void* from, int bytes, Barrier* b, Ca
   asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;"
                ::"r"(shared_address(to)), "l"(from), "r"(bytes), "r"(shared_address(b)), "l"(policy) : "memory");
 }
+KOGC_DEVICE void fence_copies() { asm volatile("fence.proxy.async;" ::: "memory"); }  // between plain stores and bulk copies
 KOGC_DEVICE void bulk_prefetch(const void* from, int bytes) {
   asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
 }

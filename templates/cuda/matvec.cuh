@@ -68,7 +68,7 @@ template <class P> class MatVec {
       if (taken_ != 0) cursor_.advance();
       release(1);
     } else if (touched < stages) {
-      wait_full();
+      wait_full<P>(cursor_, where_);
       cursor_.advance();
       release(1);
     }
@@ -100,7 +100,7 @@ template <class P> class MatVec {
   }
 
   KOGC_DEVICE void load(Fragments& f) {
-    if (taken_ == 0) wait_full();
+    if (taken_ == 0) wait_full<P>(cursor_, where_);
     const int fragment = 512 / unit_;  // bytes of the activation that a fragment meets
     const char* w = weights_ + cursor_.slot * P::STAGE_BYTES + taken_ * (WARPS * GROUP * 512);
     const char* x = x_ + position_ * GROUP * fragment;
@@ -131,17 +131,10 @@ template <class P> class MatVec {
     KOGC_UNROLL for (int i = 0; i < CHAINS; i++) KOGC_UNROLL for (int j = 0; j < 4; j++) c[i][j] = 0;
   }
 
-  KOGC_DEVICE void wait_full() {
-    const typename Trace<P>::Waiting waiting;
-    Spin spin;
-    while (!barrier_passed(Ring<P>::full(cursor_.slot), cursor_.parity)) spin.step(where_, STAGE_FULL, cursor_.parity);
-  }
-
   // One more group of the oldest stage is read; when it was the last of `groups`, this warp gives the stage back.
   KOGC_DEVICE void release(int groups) {
     if (++freed_ < groups) return;
-    sync_warp();
-    if (lane() == 0) barrier_arrive(Ring<P>::empty(free_));
+    give_back<P>(free_);
     if (++free_ == P::STAGES) free_ = 0;
     freed_ = 0;
   }

@@ -1,6 +1,6 @@
-// The weight stream: one lane copies this block's slab through a ring of shared-memory stages for ever, across phases,
-// layers and tokens; it never waits for an activation. Bytes in flight are capped, because the polls of an exchange
-// queue behind them; while the ring is full the stream goes on into L2 at its own pace.
+// The stream: one lane copies this block's slab, and its part of the KV cache between the phases QKV and O, through a ring
+// of shared-memory stages for ever, across phases, layers and tokens; it never waits for an activation. Bytes in flight are
+// capped, because the polls of an exchange queue behind them; while the ring is full the slab goes on into L2 at its own pace.
 #pragma once
 
 namespace kogc {
@@ -16,11 +16,6 @@ template <class P> struct Ring {
         barrier_init(full(i), 1);
         barrier_init(empty(i), WARPS);
       }
-      BlockWords& w = words<P>();
-      w.finished = 0;
-      w.exchanging = 0;
-      w.waited = w.events = 0;
-      w.searches = w.level_searches[0] = w.level_searches[1] = w.level_searches[2] = 0;
       barrier_init_done();
     }
     sync_block();
@@ -32,11 +27,26 @@ template <class P> struct Cursor {
   int slot = 0;
   u32 parity = 0;
 
-  KOGC_DEVICE void advance() {
-    if (++slot == P::STAGES) {
-      slot = 0;
+  KOGC_DEVICE void advance(int stages = 1) {
+    slot += stages;
+    if (slot >= P::STAGES) {
+      slot -= P::STAGES;
       parity ^= 1;
     }
+  }
+};
+
+// Keys and values cross the ring in tiles of 16 positions, whole tiles to a stage; a chunk ends with the tile of the
+// position at hand.
+template <class P> struct Tiles {
+  static constexpr int POSITIONS = 16, BYTES = 4 * POSITIONS * P::HEAD_DIM;
+  static constexpr int FIT = P::STAGE_BYTES / BYTES, IN_STAGE = FIT >= 8 ? 8 : FIT >= 4 ? 4 : FIT >= 2 ? 2 : 1;
+  static constexpr int STAGE_BYTES = IN_STAGE * BYTES, MOST_STAGES = CHUNK / POSITIONS / IN_STAGE;
+  static_assert(MOST_STAGES <= P::STAGES, "the ring must hold a chunk");
+
+  static KOGC_DEVICE int in_use(int chunk, int position) {
+    const int left = position / POSITIONS + 1 - chunk * (CHUNK / POSITIONS);
+    return left < CHUNK / POSITIONS ? left : CHUNK / POSITIONS;
   }
 };
 
@@ -45,24 +55,33 @@ template <class P> class Producer {
   KOGC_DEVICE Producer(const KernelArgs& args, const u8* end) : end_(end), where_{args, 0, 0} {}
 
   // A step begins: the slab from its start.
-  KOGC_DEVICE void rewind(const u8* slab) { ahead_ = slab; }
+  KOGC_DEVICE void begin(int step, const u8* slab) {
+    where_.step = step;
+    ahead_ = slab;
+  }
+  KOGC_DEVICE void at_layer(int layer) { where_.layer = layer; }
 
   // Copies this block's part of a phase and moves `from` past it. False: the consumers have finished the generation.
-  KOGC_DEVICE bool copy(const u8*& from, int phase, int step) {
-    where_.step = step;
-    const Work work = work_of<P>(phase);
-    const int cap = phase == HEAD ? P::IN_FLIGHT_HEAD : P::IN_FLIGHT;  // stages
+  KOGC_DEVICE bool copy(const u8*& from, int phase) {
+    const Work work = words<P>().work[phase];
+    const int cap = phase == HEAD ? P::IN_FLIGHT_HEAD : P::IN_FLIGHT;
     const u8* end = from + (u32)work.units * (work.unit * work.columns * 2);
     while (from < end) {
       const int bytes = end - from < P::STAGE_BYTES ? (int)(end - from) : P::STAGE_BYTES;
-      if (!wait_empty(from)) return false;
-      while (in_flight_ >= (words<P>().exchanging ? P::IN_FLIGHT_EXCHANGE : cap)) retire();
-      barrier_expect(Ring<P>::full(head_.slot), bytes);
-      bulk_copy(Ring<P>::stage(head_.slot), from, bytes, Ring<P>::full(head_.slot), policy_);
-      head_.advance();
-      in_flight_++;
+      if (!copy_stage(from, bytes, cap, from)) return false;
       from += bytes;
     }
+    return true;
+  }
+
+  // Copies this block's part of a layer's keys and values. `next`: where the slab goes on.
+  KOGC_DEVICE bool copy_cache(const u8* next) {
+    const int position = where_.args.start + where_.step;
+    const Span<P> span(position, P::window(where_.layer));
+    if (where_.layer == 0) wait_written();
+    for (int unit = Units<P>::first(); unit < Units<P>::COUNT; unit += Units<P>::STRIDE)
+      for (int chunk = span.first_chunk(Units<P>::split()); chunk < span.end; chunk = span.next_chunk(chunk))
+        if (!copy_chunk(unit / P::HEAD_TILES, chunk, position, next)) return false;
     return true;
   }
 
@@ -72,6 +91,31 @@ template <class P> class Producer {
   }
 
  private:
+  KOGC_DEVICE bool copy_chunk(int kv_head, int chunk, int position, const u8* next) {
+    const u8* from = (const u8*)chunk_address<P>(where_.args.kv, where_.layer, kv_head, chunk);
+    for (int tile = 0; tile < Tiles<P>::in_use(chunk, position); tile += Tiles<P>::IN_STAGE)
+      if (!copy_stage(from + tile * Tiles<P>::BYTES, Tiles<P>::STAGE_BYTES, P::IN_FLIGHT, next)) return false;
+    return true;
+  }
+
+  KOGC_DEVICE bool copy_stage(const u8* from, int bytes, int cap, const u8* next) {
+    if (!wait_empty(next)) return false;
+    while (in_flight_ >= (words<P>().exchanging ? P::IN_FLIGHT_EXCHANGE : cap)) retire();
+    barrier_expect(Ring<P>::full(head_.slot), bytes);
+    bulk_copy(Ring<P>::stage(head_.slot), from, bytes, Ring<P>::full(head_.slot), policy_);
+    head_.advance();
+    in_flight_++;
+    return true;
+  }
+
+  // What the step before has added to the cache must be there. It is, unless a whole step fits the ring.
+  KOGC_DEVICE void wait_written() {
+    const u32 needed = where_.step * P::LAYERS;
+    Spin spin;
+    while ((i32)(published(&words<P>().attended) - needed) < 0) spin.step(where_, CACHE_WRITTEN, needed);
+    fence_copies();
+  }
+
   KOGC_DEVICE bool wait_empty(const u8* next) {
     Barrier* empty = Ring<P>::empty(head_.slot);
     const u32 parity = head_.parity ^ 1;  // a fresh barrier has passed parity 1
@@ -108,6 +152,43 @@ template <class P> class Producer {
 };
 
 template <class P> using Stream = Cursor<P>;
+
+// The consumers' side: a warp waits for a stage, and gives it back when it has read it.
+template <class P> KOGC_DEVICE void wait_full(const Stream<P>& stream, const Where& where) {
+  const typename Trace<P>::Waiting waiting;
+  Spin spin;
+  while (!barrier_passed(Ring<P>::full(stream.slot), stream.parity)) spin.step(where, STAGE_FULL, stream.parity);
+}
+template <class P> KOGC_DEVICE void give_back(int slot) {
+  sync_warp();
+  if (lane() == 0) barrier_arrive(Ring<P>::empty(slot));
+}
+
+// The same for the next `stages`, at most MOST, all at once: one after the other they would cost a round trip each.
+template <class P, int MOST> KOGC_DEVICE void wait_full(const Stream<P>& stream, int stages, const Where& where) {
+  const typename Trace<P>::Waiting waiting;
+  Spin spin;
+  for (;;) {
+    bool full = true;
+    Stream<P> at = stream;
+    KOGC_UNROLL for (int i = 0; i < MOST; i++, at.advance()) full &= i >= stages || barrier_test(Ring<P>::full(at.slot), at.parity);
+    if (full) return;
+    spin.step(where, STAGE_FULL, stream.parity);
+  }
+}
+
+template <class P> KOGC_DEVICE void give_back(Stream<P>& stream, int stages) {
+  Stream<P> mine = stream;
+  mine.advance(lane());
+  sync_warp();
+  if (lane() < stages) barrier_arrive(Ring<P>::empty(mine.slot));
+  stream.advance(stages);
+}
+
+// After the layer's attention: its new key and value, if they are this block's, may be copied from the cache.
+template <class P> KOGC_DEVICE void cache_written(const Where& where) {
+  if (thread() == 0) publish(&words<P>().attended, where.step * P::LAYERS + where.layer + 1);
+}
 
 template <class P> KOGC_DEVICE void exchange_begins() { if (thread() == 0) words<P>().exchanging = 1; }
 template <class P> KOGC_DEVICE void exchange_ends() { if (thread() == 0) words<P>().exchanging = 0; }

@@ -108,6 +108,7 @@ struct Random {
 struct Later {
   void* to;
   const void* from;
+  bool early;     // `from` is what the source held when the copy was asked for; to be freed
   wide value;
   int bytes;
   void* barrier;  // null: a store of `value`

@@ -55,6 +55,11 @@ KOGC_DEVICE void add_shared(u64* p, u64 v) {
 struct alignas(16) Words { u32 x, y, z, w; };
 
 KOGC_DEVICE void store_word(void* p, u32 v) { emulated::store_later(p, v, 4); }
+KOGC_DEVICE void store_words(void* p, Words v) {
+  if ((size_t)p % 16) emulated::violation("a vector store that is not aligned");
+  const u32 words[4] = {v.x, v.y, v.z, v.w};
+  for (int i = 0; i < 4; i++) store_word((u32*)p + i, words[i]);
+}
 KOGC_DEVICE void store_key(void* p, u64 v) { emulated::store_later(p, v, 8); }
 template <class T> T load_relaxed(const void* p) {
   if ((size_t)p % sizeof(T)) emulated::violation("a load that is not aligned");
@@ -72,11 +77,14 @@ KOGC_DEVICE Words load_words(const void* p) {  // only its words are atomic
 KOGC_DEVICE void store_host(void* p, i32 v) { *(volatile i32*)p = v; }
 KOGC_DEVICE i32 load_host(const void* p) { return load_relaxed<i32>(p); }
 
-// --- plain data --------------------------------------------------------------------------------------------------------
-KOGC_DEVICE Words load_l2(const void* p) {
-  if ((size_t)p % 16) emulated::violation("a vector load that is not aligned");
+KOGC_DEVICE void publish(u32* p, u32 v) {
   emulated::maybe_yield();
-  return *(const Words*)p;
+  *(volatile u32*)p = v;
+  machine->events++;
+}
+KOGC_DEVICE u32 published(u32* p) {
+  emulated::maybe_yield();
+  return *(volatile u32*)p;
 }
 
 // --- tensor cores: c[16][8] += a[16][16] * b[16][8] ------------------------------------------------------------------------
@@ -134,6 +142,7 @@ KOGC_DEVICE bool barrier_passed(Barrier* b, u32 parity) {
 using CachePolicy = u64;
 KOGC_DEVICE CachePolicy read_once() { return 0; }
 KOGC_DEVICE void bulk_copy(void* to, const void* from, int bytes, Barrier* b, CachePolicy policy) { emulated::start_copy(to, from, bytes, counting(b)); }
+KOGC_DEVICE void fence_copies() {}
 KOGC_DEVICE void bulk_prefetch(const void* from, int bytes) {
   if (((size_t)from | (size_t)bytes) % 16) emulated::violation("a prefetch that is not aligned to 16 bytes");
 }

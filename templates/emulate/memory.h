@@ -33,11 +33,13 @@ inline void start_copy(void* to, const void* from, int bytes, void* barrier) {
   if (((size_t)to | (size_t)from | (size_t)bytes) % 16) violation("a bulk copy that is not aligned to 16 bytes");
   if (!in_shared(to, bytes) || !in_shared(barrier, 8)) violation("a bulk copy outside of shared memory");
   memset(to, 0xff, bytes);  // whoever still reads the slot, or reads it too soon, finds NaN
-  machine->later.push_back({to, from, 0, bytes, barrier, 0});
+  const bool early = machine->random.once_in(2);  // the source may be read at once, or as late as the copy lands
+  machine->later.push_back({to, early ? memcpy(malloc(bytes), from, bytes) : from, early, 0, bytes, barrier, 0});
 }
 
 inline void complete_copy(const Later& copy) {
   memcpy(copy.to, copy.from, copy.bytes);
+  if (copy.early) free((void*)copy.from);
   ByteBarrier& b = *(ByteBarrier*)copy.barrier;
   b.bytes -= copy.bytes;
   b.settle();
@@ -55,7 +57,7 @@ inline void store_later(void* to, wide value, int bytes) {
       break;
     }
   m.current->stores++;
-  m.later.push_back({to, nullptr, value, bytes, nullptr, fiber});
+  m.later.push_back({to, nullptr, false, value, bytes, nullptr, fiber});
   while (m.later.size() > 512) perform_any();
 }
 
