@@ -5,6 +5,7 @@
 #include "common/numbers.h"
 #include "common/exchange.h"
 #include "common/partition.h"
+#include "common/cache.h"
 #include "common/words.h"
 #include "common/trace.h"
 #include "cpu/stream.hpp"
@@ -13,6 +14,11 @@
 #include "cpu/attention.hpp"
 #include "common/attention.h"
 #include "common/splits.h"
+#include "common/random.h"
+#include "common/choice.h"
+#include "common/logprobs.h"
+#include "common/threshold.h"
+#include "common/sampling.h"
 #include "common/decoder.h"
 #include "cpu/kernels.hpp"
 
@@ -61,14 +67,15 @@ struct Plan {
     static constexpr int BASE = 64, REMAINDER = 0, ROTATION = 0;
   };
   // exchange buffer, bytes
-  static constexpr int X_QKV = 0, X_PARTIAL = 1280, X_ATTENTION = 4608, X_O = 5376, X_HIDDEN = 6144, X_DOWN = 7168, X_KEYS = 7936;
+  static constexpr int X_QKV = 0, X_PARTIAL = 1280, X_ATTENTION = 4608, X_O = 5376, X_HIDDEN = 6144, X_DOWN = 7168, X_KEYS = 7936, X_MAXIMA = 8064, X_HISTOGRAM = 8192, X_TOTALS = 40960, X_CANDIDATES = 65536, X_LOGITS = 66304, X_SCORES = 74496, X_SEEN = 82688;
+  static constexpr int SAMPLING_BYTES = 8704;  // of the scratch memory
   static constexpr unsigned long long SLAB_BYTES = 1196032ull;
   static constexpr int TRACE_EVENTS = 0;
   static constexpr bool TRACE = TRACE_EVENTS > 0;
   // memory of a thread, bytes
-  static constexpr int ACTIVATION_OFFSET = 0, REDUCE_OFFSET = 18048;
-  static constexpr int RESIDUAL_OFFSET = 17280;
-  static constexpr int SHARED_BYTES = 18560;
+  static constexpr int ACTIVATION_OFFSET = 0, REDUCE_OFFSET = 20480;
+  static constexpr int RESIDUAL_OFFSET = 19712;
+  static constexpr int SHARED_BYTES = 20992;
 };
 
 }  // namespace kogc

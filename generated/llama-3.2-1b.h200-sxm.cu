@@ -5,6 +5,7 @@
 #include "common/numbers.h"
 #include "common/exchange.h"
 #include "common/partition.h"
+#include "common/cache.h"
 #include "common/words.h"
 #include "common/trace.h"
 #include "cuda/stream.cuh"
@@ -13,6 +14,11 @@
 #include "cuda/attention.cuh"
 #include "common/attention.h"
 #include "common/splits.h"
+#include "common/random.h"
+#include "common/choice.h"
+#include "common/logprobs.h"
+#include "common/threshold.h"
+#include "common/sampling.h"
 #include "common/decoder.h"
 #include "cuda/kernels.cuh"
 
@@ -61,7 +67,8 @@ struct Plan {
     static constexpr int BASE = 125, REMAINDER = 32, ROTATION = 0;
   };
   // exchange buffer, bytes
-  static constexpr int X_QKV = 0, X_PARTIAL = 12288, X_ATTENTION = 151552, X_O = 159744, X_HIDDEN = 167936, X_DOWN = 200704, X_KEYS = 208896;
+  static constexpr int X_QKV = 0, X_PARTIAL = 12288, X_ATTENTION = 151552, X_O = 159744, X_HIDDEN = 167936, X_DOWN = 200704, X_KEYS = 208896, X_MAXIMA = 209920, X_HISTOGRAM = 210944, X_TOTALS = 1259520, X_CANDIDATES = 1284096, X_LOGITS = 1306624, X_SCORES = 1819648, X_SEEN = 2332672;
+  static constexpr int SAMPLING_BYTES = 8704;  // of the scratch memory
   static constexpr unsigned long long SLAB_BYTES = 19333120ull;
   static constexpr int TRACE_EVENTS = 0;
   static constexpr bool TRACE = TRACE_EVENTS > 0;

@@ -5,6 +5,7 @@
 #include "common/numbers.h"
 #include "common/exchange.h"
 #include "common/partition.h"
+#include "common/cache.h"
 #include "common/words.h"
 #include "common/trace.h"
 #include "cuda/stream.cuh"
@@ -13,6 +14,11 @@
 #include "cuda/attention.cuh"
 #include "common/attention.h"
 #include "common/splits.h"
+#include "common/random.h"
+#include "common/choice.h"
+#include "common/logprobs.h"
+#include "common/threshold.h"
+#include "common/sampling.h"
 #include "common/decoder.h"
 #include "cuda/kernels.cuh"
 
@@ -61,21 +67,22 @@ struct Plan {
     static constexpr int BASE = 148, REMAINDER = 48, ROTATION = 0;
   };
   // exchange buffer, bytes
-  static constexpr int X_QKV = 0, X_PARTIAL = 16384, X_ATTENTION = 151552, X_O = 159744, X_HIDDEN = 163840, X_DOWN = 176128, X_KEYS = 180224;
+  static constexpr int X_QKV = 0, X_PARTIAL = 16384, X_ATTENTION = 151552, X_O = 159744, X_HIDDEN = 163840, X_DOWN = 176128, X_KEYS = 180224, X_MAXIMA = 181248, X_HISTOGRAM = 182272, X_TOTALS = 1230848, X_CANDIDATES = 1255424, X_LOGITS = 1277952, X_SCORES = 1885696, X_SEEN = 2493440;
+  static constexpr int SAMPLING_BYTES = 8704;  // of the scratch memory
   static constexpr unsigned long long SLAB_BYTES = 9322496ull;
   static constexpr int TRACE_EVENTS = 0;
   static constexpr bool TRACE = TRACE_EVENTS > 0;
   // stream
   static constexpr int STAGES = 12, STAGE_BYTES = 16384, GROUP_FRAGMENTS = 4;
-  static constexpr int IN_FLIGHT = 3, IN_FLIGHT_HEAD = 4;
-  static constexpr int IN_FLIGHT_EXCHANGE = 2;
+  static constexpr int IN_FLIGHT = 1, IN_FLIGHT_HEAD = 4;
+  static constexpr int IN_FLIGHT_EXCHANGE = 1;
   static constexpr int PREFETCH = 8, PACE = 900;
   // shared memory, bytes
   static constexpr int RING_OFFSET = 0, ACTIVATION_OFFSET = 196608;
-  static constexpr int PARTIAL_OFFSET = 209920, PARTIAL_UNITS = 32;
-  static constexpr int RESIDUAL_OFFSET = 218112;
-  static constexpr int REDUCE_OFFSET = 222208, BARRIER_OFFSET = 222720;
-  static constexpr int SHARED_BYTES = 222912;
+  static constexpr int PARTIAL_OFFSET = 210176, PARTIAL_UNITS = 32;
+  static constexpr int RESIDUAL_OFFSET = 218368;
+  static constexpr int REDUCE_OFFSET = 222464, BARRIER_OFFSET = 222976;
+  static constexpr int SHARED_BYTES = 223168;
 };
 
 }  // namespace kogc

@@ -17,9 +17,14 @@ from .compare import Comparison, compare, require
 from .errors import KogcError, UsageError
 from .plan.plan import Plan
 from .runtime import Request, Runtime
+from .sampling import GREEDY, Sampling
 from .session import load
 from .steady import watch
 
+# What --sample measures: every part of sampling at once.
+SAMPLED = Sampling(
+    temperature=0.8, top_k=40, top_p=0.95, repetition_penalty=1.1, presence_penalty=0.1, frequency_penalty=0.1, seed=1
+)
 HEADERS = ("model", "size", "target", "test", "t/s", "GB/token", "GB/s", "ceiling GB/s", "share", "comparison")
 
 
@@ -51,21 +56,24 @@ def run_bench(
     phases: bool = False,
     trace: Path | None = None,
     steady: bool = False,
+    sample: bool = False,
 ) -> dict[str, Any]:
     """Load an artifact, compare it with the reference, and time n tokens at each depth. Speeds in tokens/s, bytes/s.
 
     Prints the table, unless the caller wants to print the result as JSON. KogcError if the comparison fails (nothing
     is timed then) or a depth does not fit the context. phases, trace: also profile a tracing build of the same plan at
     the first depth, as a table or as a Chrome trace file; the speeds are the plain kernel's. steady: also time each of
-    2,000 tokens from the first depth.
+    2,000 tokens from the first depth. sample: one more row at the first depth, with tokens drawn.
     """
-    with load(Path(artifact_dir), device) as session:
+    with load(Path(artifact_dir), device, sampling=GREEDY) as session:
         runtime = session.runtime
         _check(runtime.plan, n, depths, repeat)
         comparison = compare(runtime, tuple(depths))
         require(comparison)
         ceiling = runtime.read_bandwidth()
         speeds = [_speed(runtime, depth, n, repeat, ceiling) for depth in depths]
+        if sample:
+            speeds.append(_speed(runtime, depths[0], n, repeat, ceiling, SAMPLED))
         result = _result(runtime, speeds, ceiling, repeat, comparison)
         evenness = watch(runtime, depths[0]) if steady else None
         profile = _profile(runtime, depths[0]) if phases or trace else None
@@ -107,10 +115,10 @@ def _check(plan: Plan, n: int, depths: Sequence[int], repeat: int) -> None:
         raise KogcError(f"depth {max(depths)} and {n} tokens need {longest} positions, {have}")
 
 
-def _speed(runtime: Runtime, depth: int, n: int, repeat: int, ceiling: float) -> Speed:
+def _speed(runtime: Runtime, depth: int, n: int, repeat: int, ceiling: float, sampling: Sampling = GREEDY) -> Speed:
     """One token as the prompt at position `depth`, then n tokens; no stop token ends them."""
     runtime.fill_kv(depth)
-    request = Request((runtime.plan.spec.bos_token or 0,), start=depth, max_new=n)
+    request = Request((runtime.plan.spec.bos_token or 0,), start=depth, max_new=n, sampling=sampling)
     runtime.run(request)  # the first launch also pays for loading code and waking clocks
     rates = []
     for _ in range(repeat):
@@ -121,7 +129,7 @@ def _speed(runtime: Runtime, depth: int, n: int, repeat: int, ceiling: float) ->
     rate = statistics.median(rates)
     per_token = runtime.plan.weight_bytes + _mean_kv_bytes(runtime.plan, depth, n)
     spread = statistics.stdev(rates) if repeat > 1 else 0.0
-    test = f"tg{n}" + (f" @ d{depth}" if depth else "")
+    test = f"tg{n}" + (f" @ d{depth}" if depth else "") + ("" if sampling.greedy else " sampled")
     return Speed(test, depth, n, rate, spread, per_token, per_token * rate, per_token * rate / ceiling)
 
 

@@ -124,7 +124,7 @@ def prepare(
     else:
         # A CPU's size is a fact of the machine at hand: it decides the plan, but the profile is kept as it is.
         here = replace(profile, memory_bytes=profile.memory_bytes or _machine_memory())
-        options = Options(max_context, blocks, knobs or Knobs())
+        options = Options(max_context, blocks, knobs)
         plan = replace(_checked_plan(source.spec, here, options), profile=profile)
     return Prepared(source, plan, (*notes, *source.notes, *plan.notes))
 

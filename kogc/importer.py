@@ -33,7 +33,7 @@ def _words(text: str) -> frozenset[str]:
     return frozenset(text.split())
 
 
-# Bookkeeping, training and sampling settings: no value of these changes the logits or the greedy choice.
+# Bookkeeping, training and sampling settings: no value of these changes the logits.
 HARMLESS = _words(
     """
     _name_or_path _commit_hash transformers_version transformers.js_config unsloth_version unsloth_fixed
@@ -43,14 +43,13 @@ HARMLESS = _words(
     initializer_range attention_dropout hidden_dropout resid_pdrop embd_pdrop gradient_checkpointing use_bfloat16
     pad_token_id sep_token_id unk_token_id decoder_start_token_id tokenizer_class prefix task_specific_params
     finetuning_task problem_type id2label label2id num_labels tf_legacy_loss remove_invalid_values
-    chunk_size_feed_forward do_sample temperature top_k top_p typical_p max_length max_new_tokens
+    chunk_size_feed_forward do_sample temperature top_k top_p min_p typical_p max_length max_new_tokens
     num_return_sequences length_penalty early_stopping diversity_penalty
     """
 )
 
-# Settings of generate() that change a greedy continuation, with the values that leave it alone.
-CHANGES_GREEDY: dict[str, tuple[object, ...]] = {
-    "repetition_penalty": (None, 1),
+# Settings of generate() that change a continuation and are not applied here, with the values that leave it alone.
+NOT_APPLIED: dict[str, tuple[object, ...]] = {
     "encoder_no_repeat_ngram_size": (None, 0),
     "no_repeat_ngram_size": (None, 0),
     "min_length": (None, 0),
@@ -101,7 +100,8 @@ OFF: dict[str, tuple[object, ...]] = {
     "cross_attention_hidden_size": (None,),
     "tie_encoder_decoder": (None, False),
     "pruned_heads": (None, {}),
-    **CHANGES_GREEDY,
+    "repetition_penalty": (None, 1),
+    **NOT_APPLIED,
 }
 
 # Keys that the functions below read.
@@ -536,10 +536,10 @@ def _with_generation(spec: ModelSpec, cfg: _Config) -> ModelSpec:
 
 
 def _generation_notes(cfg: _Config) -> Notes:
-    """A remark for each setting that generate() would apply and plain greedy decoding does not."""
+    """A remark for each setting that Transformers' generate() would apply and kogc does not."""
     return [
-        f"{cfg.source}: {key} = {_show(cfg.values[key])} is not applied: decoding is plain greedy"
-        for key, neutral in CHANGES_GREEDY.items()
+        f"{cfg.source}: {key} = {_show(cfg.values[key])} is not applied"
+        for key, neutral in NOT_APPLIED.items()
         if key in cfg.values and not _is_one_of(cfg.values[key], neutral)
     ]
 

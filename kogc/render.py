@@ -8,7 +8,7 @@ from math import sqrt
 import jinja2
 
 from .plan.plan import Plan
-from .plan.shared_memory import PARTIAL_UNITS
+from .plan.shared_memory import PARTIAL_UNITS, SAMPLING_BYTES
 from .resources import data_dir
 
 # Where a header of the generated source is found, in the order of inclusion; `{target}` is the target's directory.
@@ -17,13 +17,15 @@ HEADERS = {
         "common/args.h", "cuda/machine.cuh", "common/spin.h", "common/numbers.h",
         "common/exchange.h", "common/partition.h", "common/cache.h", "common/words.h", "common/trace.h",
         "cuda/stream.cuh", "cuda/matvec.cuh", "common/residual.h", "cuda/attention.cuh",
-        "common/attention.h", "common/splits.h", "common/decoder.h", "cuda/kernels.cuh",
+        "common/attention.h", "common/splits.h", "common/random.h", "common/choice.h", "common/logprobs.h",
+        "common/threshold.h", "common/sampling.h", "common/decoder.h", "cuda/kernels.cuh",
     ),
     "cpu": (
         "common/args.h", "cpu/machine.hpp", "common/spin.h", "common/numbers.h",
         "common/exchange.h", "common/partition.h", "common/cache.h", "common/words.h", "common/trace.h",
         "cpu/stream.hpp", "cpu/matvec.hpp", "common/residual.h", "cpu/attention.hpp",
-        "common/attention.h", "common/splits.h", "common/decoder.h", "cpu/kernels.hpp",
+        "common/attention.h", "common/splits.h", "common/random.h", "common/choice.h", "common/logprobs.h",
+        "common/threshold.h", "common/sampling.h", "common/decoder.h", "cpu/kernels.hpp",
     ),
 }  # fmt: skip
 SUFFIX = {"cuda": "cu", "cpu": "cpp"}
@@ -55,6 +57,7 @@ def render(plan: Plan) -> Rendered:
         window=_window_expression(plan),
         gather_splits=min(plan.knobs.gather_splits, plan.splits),
         partial_units=PARTIAL_UNITS,
+        sampling_bytes=SAMPLING_BYTES,
         phases=[("".join(word.capitalize() for word in p.name.split("_")), p) for p in plan.phases],
     )
     headers = {name: (data_dir("templates") / name).read_text() for name in files}

@@ -8,7 +8,7 @@ from __future__ import annotations
 import operator
 import os
 from collections.abc import Generator, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Literal
@@ -16,13 +16,14 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from .artifact import TOKENIZER, read_manifest
+from .artifact import GENERATION_CONFIG, TOKENIZER, read_manifest
 from .errors import KogcError
 from .plan.plan import Plan
 from .prefix_cache import PrefixCache
 from .runtime import Request, Runtime, open_runtime
-from .runtime.args import STOP_TOKENS
+from .runtime.args import STOP_TOKENS, Logprobs
 from .runtime.program import open_program
+from .sampling import GREEDY, Sampling, sampling_from_config
 from .spec import ModelSpec
 from .stop_strings import StopStrings
 
@@ -40,10 +41,11 @@ FinishReason = Literal["stop", "length", "context"]
 
 @dataclass(frozen=True)
 class Piece:
-    """A generated token, and the text that it completes (possibly empty)."""
+    """A generated token, and the text that it completes (possibly empty); log-probabilities where asked for."""
 
     token: int
     text: str
+    logprobs: Logprobs | None = None
 
 
 @dataclass(frozen=True)
@@ -61,16 +63,23 @@ class Generation:
     seconds: float
     finish_reason: FinishReason
     cached_tokens: int = 0
+    logprobs: list[Logprobs] = field(default_factory=list)  # one a token, where asked for
 
 
-def load(path: str | os.PathLike[str], device: int = 0, *, oversubscribe: bool = False) -> Session:
+def load(
+    path: str | os.PathLike[str], device: int = 0, *, oversubscribe: bool = False, sampling: Sampling | None = None
+) -> Session:
     """Open an artifact directory on GPU number `device`, or on this machine's CPU if it was built for one.
 
     The artifact and the machine are checked before anything large is allocated. KogcError says what to rebuild.
     oversubscribe (CPU): allow more blocks than cores, at a fraction of the speed.
+    sampling: how tokens are chosen where a call does not say; None: as the model's generation_config.json asks.
     """
     directory = Path(path)
     manifest = read_manifest(directory)
+    if sampling is None:
+        config = directory / GENERATION_CONFIG
+        sampling = sampling_from_config(config) if config.is_file() else GREEDY
     with open_program(directory, manifest) as program:
         runtime = open_runtime(program, device, oversubscribe=oversubscribe)
     try:
@@ -78,7 +87,7 @@ def load(path: str | os.PathLike[str], device: int = 0, *, oversubscribe: bool =
     except BaseException:
         runtime.close()
         raise
-    return Session(runtime, tokenizer, manifest.stop_tokens, directory)
+    return Session(runtime, tokenizer, manifest.stop_tokens, directory, sampling)
 
 
 def _open_tokenizer(directory: Path) -> Tokenizer | None:
@@ -102,8 +111,10 @@ class Session:
         tokenizer: Tokenizer | None,
         stop_tokens: Sequence[int],
         directory: Path | None = None,
+        sampling: Sampling = GREEDY,
     ) -> None:
-        """directory: where the chat template is, if there is one."""
+        """directory: where the chat template is, if there is one. sampling: how tokens are chosen by default."""
+        self.sampling = sampling
         self.tokenizer = tokenizer
         self.stop_tokens = tuple(stop_tokens)
         self._runtime = runtime
@@ -163,9 +174,10 @@ class Session:
         stop: Sequence[int] | None = None,
         *,
         stop_strings: Sequence[str] = (),
+        sampling: Sampling | None = None,
     ) -> Generation:
-        """Continue a text, or token ids as they are, greedily. See `stream` for the arguments."""
-        stream = self.stream(prompt, max_new_tokens, stop, stop_strings=stop_strings)
+        """Continue a text, or token ids as they are. See `stream` for the arguments."""
+        stream = self.stream(prompt, max_new_tokens, stop, stop_strings=stop_strings, sampling=sampling)
         text = "".join(piece.text for piece in stream)
         return stream.result(text)
 
@@ -176,11 +188,13 @@ class Session:
         stop: Sequence[int] | None = None,
         *,
         stop_strings: Sequence[str] = (),
+        sampling: Sampling | None = None,
     ) -> Stream:
         """Yield each token with its text as it is made; closing the stream early ends the kernel.
 
         stop: token ids that end the continuation (at most 16); None: the model's own; (): none. stop_strings: texts
         that end it; the one that comes is not given, and what may become one is given as soon as it is decided.
+        sampling: how tokens are chosen; None: the session's own way.
         KogcError for an empty prompt of a model without a begin token, for token ids outside the vocabulary, for
         a prompt that leaves no room in the context, and for stop strings that are empty or without a tokenizer.
         """
@@ -194,7 +208,9 @@ class Session:
         stops = self.stop_tokens if stop is None else self._ids(stop, "stop")
         if len(stops) > STOP_TOKENS:
             raise KogcError(f"stop: {len(stops)} tokens, the kernel watches for at most {STOP_TOKENS}")
-        request = Request(tokens, 0, min(wanted, room), stops)
+        chosen = self.sampling if sampling is None else sampling
+        chosen.check_tokens(self.spec.vocab)
+        request = Request(tokens, 0, min(wanted, room), stops, sampling=chosen)
         return Stream(self, request, self._stop_strings(stop_strings), "context" if wanted > room else "length")
 
     def logits(self, token_ids: Sequence[int]) -> NDArray[np.float32]:
@@ -284,6 +300,7 @@ class Stream(Iterator[Piece]):
         self.prompt_tokens = len(request.prompt)
         self.cached_tokens = 0  # of the prompt, not run again; known after the first piece
         self.tokens: list[int] = []
+        self.logprobs: list[Logprobs] = []
         self.finish_reason: FinishReason = at_limit
         self.seconds = 0.0  # on the device; known after the end
         self._runtime = session._runtime
@@ -312,23 +329,29 @@ class Stream(Iterator[Piece]):
         self.close()
 
     def result(self, text: str) -> Generation:
-        seconds, reason = self.seconds, self.finish_reason
-        return Generation(self.tokens, text, self.prompt_tokens, seconds, reason, self.cached_tokens)
+        return Generation(
+            self.tokens, text, self.prompt_tokens, self.seconds, self.finish_reason, self.cached_tokens, self.logprobs
+        )
 
     def _make(self, request: Request) -> Generator[Piece, None, None]:
         """Launch when the first piece is asked for: only then is it certain what the cache holds."""
         with self._cached.continuing(request.prompt, self.tokens) as start:
             self.cached_tokens = start
-            made = self._runtime.tokens(replace(request, prompt=request.prompt[start:], start=start))
+            prompt = request.prompt
+            made = self._runtime.tokens(replace(request, prompt=prompt[start:], start=start, history=prompt[:start]))
             try:
                 for token in made:
+                    logprobs = None
+                    if request.sampling.logprobs is not None:
+                        logprobs = self._runtime.logprobs(len(self.tokens))
+                        self.logprobs.append(logprobs)
                     self.tokens.append(token)
                     stopped = token in request.stop
                     text = self._text(token, stopped, stopped or len(self.tokens) == request.max_new)
                     if stopped or self._stop.stopped:
                         self.finish_reason = "stop"
                         made.close()  # which tells a kernel that does not know of the string
-                    yield Piece(token, text)
+                    yield Piece(token, text, logprobs)
             finally:
                 made.close()
                 self.seconds = self._runtime.last_timing / 1e3

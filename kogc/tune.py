@@ -24,9 +24,10 @@ from numpy.typing import NDArray
 from .build import BuildOptions, build, prepare
 from .compare import LIMITS, Comparison, compare, require
 from .errors import KogcError
-from .plan.plan import Knobs, Plan
+from .plan.plan import Knobs, Plan, default_knobs
 from .profile import GpuProfile
 from .runtime import Kernel, Request, Result, Runtime
+from .sampling import GREEDY
 from .session import load
 from .tuned import Measurement, Setting, Tuned, tuned_file, write_tuned
 
@@ -218,7 +219,7 @@ class Bench:
             self._compile([plain := Setting(blocks, self.start)])
             self._builds[plain].result()  # from here on in the build cache
             build(self.model, self.gpu, artifact, BuildOptions(self.max_context, blocks, True, knobs=self.start))
-            runtime = self._runtimes[blocks] = load(artifact, self.device).runtime
+            runtime = self._runtimes[blocks] = load(artifact, self.device, sampling=GREEDY).runtime
             self._plain[blocks] = self._logits(runtime)
             runtime.fill_kv(self.depth)
         return self._runtimes[blocks]
@@ -319,7 +320,7 @@ def run_tune(
     context = depth + 1 + TOKENS
     plan = prepare(model, gpu, context, knobs=Knobs()).plan
     gpu = plan.profile.name if gpu == "auto" else gpu
-    start = Setting(plan.blocks, plan.knobs)
+    start = Setting(plan.blocks, default_knobs(plan))
     with (
         tempfile.TemporaryDirectory(prefix="kogc-tune-") as scratch,
         Bench(model, gpu, depth, context, Path(scratch), start.knobs) as bench,

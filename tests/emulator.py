@@ -22,7 +22,8 @@ from kogc.packing import operands, write_weights
 from kogc.plan.plan import Plan
 from kogc.render import render
 from kogc.resources import data_dir
-from kogc.runtime.args import REPORT_WORDS, THREADS, kernel_args
+from kogc.runtime.args import REPORT_WORDS, THREADS, Logprobs, bias_words, kernel_args, read_record, record_words
+from kogc.sampling import GREEDY, Sampling
 
 STATUS = {1: "stalled", 2: "threads wait at a barrier for ever", 3: "violation", -1: "no memory for the stacks"}
 FLAGS = (
@@ -114,6 +115,7 @@ class Emulated:
         self.buffers = _load_operands(plan, checkpoint)
         self.buffers["kv"] = Buffer(plan.kv_bytes)
         self.report = [0] * REPORT_WORDS
+        self.logprobs: list[Logprobs] = []  # of the last generation that asked for them
 
     def logits(self, tokens: Sequence[int], seed: int = 1, start: int = 0) -> np.ndarray:
         """float32 [tokens, vocab], teacher-forced."""
@@ -122,10 +124,20 @@ class Emulated:
         return out.bytes.view(np.float32).reshape(len(tokens), -1)
 
     def generate(
-        self, tokens: Sequence[int], n: int, stop: Sequence[int] = (), seed: int = 1, start: int = 0, halt: bool = False
+        self,
+        tokens: Sequence[int],
+        n: int,
+        stop: Sequence[int] = (),
+        seed: int = 1,
+        start: int = 0,
+        halt: bool = False,
+        sampling: Sampling = GREEDY,
     ) -> list[int]:
-        """Greedy continuation of at most n tokens; `halt`: the host has asked for the end before the launch."""
-        return self._launch(tokens, n, stop, seed, start, None, halt)
+        """Continuation of at most n tokens; `halt`: the host has asked for the end before the launch.
+
+        `seed` is that of the order of threads, not of the draw.
+        """
+        return self._launch(tokens, n, stop, seed, start, None, halt, sampling)
 
     def fill(self, n: int, seed: int, amplitude: float) -> np.ndarray:
         """What kogc_fill makes of n BF16 elements: float32 [n]."""
@@ -167,18 +179,23 @@ class Emulated:
         start: int,
         logits: Buffer | None,
         halt: bool = False,
+        sampling: Sampling = GREEDY,
     ) -> list[int]:
+        words, bias = record_words(sampling), bias_words(sampling)
         own = {
             "exchange": Buffer(self.plan.exchanges.bytes),
             "prompt": Buffer(4 * len(tokens)),
             "tokens": Buffer(4 * n, 0xFF),
             "stop_word": Buffer(4, int(halt)),
             "report": Buffer(4 * REPORT_WORDS),
+            "records": Buffer(4 * n * words),
+            "bias": Buffer(bias.nbytes),
             **({"logits": logits} if logits else {}),
         }
         own["prompt"].bytes.view(np.int32)[:] = tokens
+        own["bias"].bytes[:] = bias.view(np.uint8).reshape(-1)
         buffers = {**self.buffers, **own}
-        args = kernel_args({name: b.address for name, b in buffers.items()}, start, len(tokens), n, stop)
+        args = kernel_args({name: b.address for name, b in buffers.items()}, start, len(tokens), n, stop, sampling)
         message = ctypes.create_string_buffer(200)
         status = self.library.kogc_emulate(
             ctypes.byref(args), self.plan.blocks, THREADS, self.plan.memory.bytes, ctypes.c_uint64(seed), message
@@ -186,7 +203,10 @@ class Emulated:
         self.report = own["report"].bytes.view(np.uint32).tolist()
         self._check(status, message, buffers)
         continuation = own["tokens"].bytes.view(np.int32).tolist()
-        return [token for token in continuation if token >= 0]
+        made = [token for token in continuation if token >= 0]
+        records = own["records"].bytes.view(np.int32).reshape(n, words) if words else []
+        self.logprobs = [read_record(record) for record in records[: len(made)]]
+        return made
 
 
 def _load_operands(plan: Plan, checkpoint: Path) -> dict[str, Buffer]:

@@ -99,7 +99,7 @@ def runtime(monkeypatch: pytest.MonkeyPatch) -> Any:
 
         def __exit__(self, *_: object) -> None: ...
 
-    monkeypatch.setattr(bench, "load", lambda path, device: Opened())
+    monkeypatch.setattr(bench, "load", lambda path, device, sampling: Opened())
     return made
 
 

@@ -86,6 +86,12 @@ def test_bench_passes_its_own_comparison(artifact: Path, capsys: pytest.CaptureF
     assert "tg8 @ d200" in capsys.readouterr().out
 
 
+def test_bench_times_sampling(artifact: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    result = run_bench(artifact, 8, (0, 200), repeat=1, sample=True)
+    assert [test["test"] for test in result["tests"]] == ["tg8", "tg8 @ d200", "tg8 sampled"]
+    assert "tg8 sampled" in capsys.readouterr().out
+
+
 def test_comparison_sees_a_lost_position(small: Session, monkeypatch: pytest.MonkeyPatch) -> None:
     """The depth check is sensitive: one key and value that the reference reads as zero is far beyond the limit."""
     from kogc import compare as module

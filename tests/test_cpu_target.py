@@ -250,7 +250,7 @@ def test_stops_within_a_prompt(small: Any) -> None:
     small.words.clear()
     small.words.stop_word[0] = 1
     prompt = np.ones(400, np.int32)
-    small._launch(kernel_args(small._pointers(), 0, len(prompt), 100), prompt, False)
+    small._launch(kernel_args(small._pointers(), 0, len(prompt), 100), prompt, False, np.empty((0, 2), np.int32))
     small._wait()
     assert small._done()
     assert small.words.ring[0] == -1

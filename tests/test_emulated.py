@@ -15,13 +15,15 @@ import pytest
 import random_checkpoint as rc
 import torch
 from emulator import FLAGS, Emulated, EmulatorError, compile_cpp
+from sampling_reference import choice, processed
 
 from kogc.importer import spec_from_dir
 from kogc.plan.plan import Knobs, Options, Plan, make_plan
 from kogc.profile import GpuProfile, load_profile
 from kogc.resources import data_dir
+from kogc.sampling import Sampling
 
-STAGE = 4096
+STAGE = 8192
 STAGE_EMPTY, WAIT_HIDDEN = 1, 6  # sites of a stall report
 
 
@@ -51,8 +53,19 @@ SMALL = {
 CASES = {
     "llama": Case("llama", 4, seeds=(1, 2, 3, 4)),
     # Two stages, one in flight: the ring turns over all the time.
-    "narrow-ring": Case("llama", 5, stages=2, knobs={"in_flight": 1, "in_flight_head": 1, "in_flight_exchange": 1, "stage_bytes": 8192}),
-    "more-blocks-than-units": Case("llama", 12, {**TINY, "num_key_value_heads": 6, "intermediate_size": 40}, stages=3, knobs={"stage_bytes": 8192}),
+    "narrow-ring": Case(
+        "llama",
+        5,
+        stages=2,
+        knobs={"in_flight": 1, "in_flight_head": 1, "in_flight_exchange": 1, "stage_bytes": 8192},
+    ),
+    "more-blocks-than-units": Case(
+        "llama",
+        12,
+        {**TINY, "num_key_value_heads": 6, "intermediate_size": 40},
+        stages=3,
+        knobs={"stage_bytes": 8192},
+    ),
     "one-block": Case("llama", 1, TINY),
     # Groups of 4 and 2 fragments, units of 4 rows.
     "wide": Case(
@@ -82,9 +95,11 @@ CASES = {
     ),
     "fp16": Case("llama", 4, {"dtype": "float16"}),
     # Twelve query heads of one KV head: two tiles of attention.
-    "two-tiles": Case("llama", 5, {**TINY, "num_attention_heads": 12, "num_key_value_heads": 1}),
+    "two-tiles": Case("llama", 5, {**TINY, "hidden_size": 288, "num_attention_heads": 12, "num_key_value_heads": 1}),
     "mistral-window": Case("mistral", 4, {**TINY, "sliding_window": 7}, tokens=20),
     "planted": Case("llama", 5, TINY, stages=3, tokens=4, knobs={"stage_bytes": 8192}),
+    # So many rows in a block that several threads meet each, and bins of a search hold several.
+    "sampled": Case("llama", 3, {**TINY, "num_hidden_layers": 1, "vocab_size": 1103}, tokens=4),
     # Splits that combine while gathering, then in a step of its own; a later chunk while an earlier one is used.
     "combine": Case("llama", 8, SMALL, tokens=262, knobs={"gather_splits": 1}),
     "gather-two": Case("qwen3", 4, SMALL, tokens=270, knobs={"gather_splits": 2}),
@@ -93,7 +108,16 @@ CASES = {
         "llama", 4, {**SMALL, "max_position_embeddings": 1024}, tokens=660, knobs={"turn": 2}, seeds=(1,)
     ),
     "widest-head": Case(
-        "qwen3", 2, {**SMALL, "head_dim": 128, "num_hidden_layers": 2}, tokens=140, knobs={"stage_bytes": 16384}, seeds=(1,)
+        "qwen3",
+        2,
+        {**SMALL, "head_dim": 128, "num_hidden_layers": 2},
+        tokens=140,
+        knobs={"stage_bytes": 16384},
+        seeds=(1,),
+    ),
+    # A ring that holds more than a step, so that the cache of the next one is copied while this one writes it.
+    "step-in-ring": Case(
+        "llama", 4, SMALL, stages=24, knobs={"in_flight": 8, "in_flight_head": 8, "in_flight_exchange": 8}
     ),
     "one-split": Case("llama", 2, SMALL, tokens=270),
     # A window that leaves chunks behind, so that the first split is any of the three.
@@ -222,6 +246,58 @@ def test_the_host_can_end_the_generation() -> None:
     assert model.generate(tokens, 6, halt=True) == model.generate(tokens, 6)[:1]
 
 
+# What of sampling takes different ways through the kernel.
+SAMPLED = {
+    "plain": Sampling(temperature=1.3, seed=5),
+    "top-k": Sampling(temperature=9.0, top_k=2, seed=6),
+    "all-filters": Sampling(temperature=5.0, top_k=90, top_p=0.7, min_p=0.01, seed=7),
+    "everything": Sampling(
+        temperature=1.5, top_k=60, top_p=0.9, repetition_penalty=1.3, presence_penalty=0.4, frequency_penalty=0.2,
+        logit_bias=((7, 9.0), (30, -2.0)), seed=8, logprobs=4,
+    ),
+    "wide": Sampling(temperature=40.0, top_k=900, top_p=0.5, seed=9),
+    "greedy": Sampling(temperature=0, repetition_penalty=0.2, frequency_penalty=1.0, logprobs=0),
+}  # fmt: skip
+
+
+def sampled_as_the_reference(model: Emulated, sampling: Sampling, order: int) -> None:
+    """Six tokens, each what Transformers' processors and the seed's noise choose from the kernel's own logits."""
+    tokens = prompt(model.plan.spec.vocab, 5)
+    made = model.generate(tokens, 6, seed=order, sampling=sampling)
+    logprobs = model.logprobs
+    assert len(made) == 6
+    logits = model.logits(tokens + made)[len(tokens) - 1 : -1]
+    for i, token in enumerate(made):
+        scores = processed(logits[i], sampling, tokens, made[:i])
+        expected, lead = choice(scores, sampling, len(tokens) - 1 + i)
+        assert token == expected or (lead < 1e-3 and np.isfinite(scores[token]))
+    if sampling.logprobs is not None:
+        expected_logprobs = torch.log_softmax(torch.tensor(logits), dim=-1)
+        for row, token, got in zip(expected_logprobs, made, logprobs, strict=True):
+            assert got.chosen == pytest.approx(float(row[token]), abs=2e-5)
+            assert [t for t, _ in got.top] == row.topk(sampling.logprobs).indices.tolist()
+
+
+@pytest.mark.parametrize("name", SAMPLED)
+@pytest.mark.parametrize("case", ["sampled", "more-blocks-than-units", "one-block"])
+def test_sampled_tokens_are_those_of_the_reference(case: str, name: str) -> None:
+    for order in (1, 2):
+        sampled_as_the_reference(emulated(case)[0], SAMPLED[name], order)
+
+
+def test_searches_beyond_what_a_tag_can_count() -> None:
+    sound, checkpoint = emulated("sampled")
+
+    def patch(headers: dict[str, str]) -> dict[str, str]:
+        file, old = "common/words.h", "w.level_searches[2] = 0;"
+        assert old in headers[file]
+        return {**headers, file: headers[file].replace(old, "w.level_searches[2] = 2044;")}
+
+    model, tokens = Emulated(sound.plan, checkpoint, patch), prompt(sound.plan.spec.vocab, 2)
+    made = sound.generate(tokens, 12, sampling=SAMPLED["all-filters"])
+    assert model.generate(tokens, 12, sampling=SAMPLED["all-filters"]) == made
+
+
 def test_fill_and_read_ceiling_run() -> None:
     model, _ = emulated("llama")
     filled = model.fill(10_001, seed=5, amplitude=0.25)
@@ -262,18 +338,26 @@ def test_emulated_16_bit_numbers_round_as_numpy_does(tmp_path: Path) -> None:
 
 # Each is one small change of the kernel that its tests must notice.
 BUGS = {
-    "a stage used before it has arrived": ("cuda/matvec.cuh", "if (taken_ == 0) wait_full<P>(stream, where);", ""),
+    "a stage used before it has arrived": (
+        "cuda/matvec.cuh",
+        "if (taken_ == 0 && !full_) wait_full<P>(stream, where);",
+        "",
+    ),
     "a stage overwritten while it is read": ("cuda/stream.cuh", "if (!wait_empty(next)) return false;", ""),
     "a stage released before it is read": ("cuda/stream.cuh", "if (lane() == 0) barrier_arrive", "barrier_arrive"),
-    "a tile used before it has arrived": ("cuda/attention.cuh", "wait_full<P, Tiles<P>::MOST_STAGES>(stream, stages, where);", ""),
+    "a tile used before it has arrived": (
+        "cuda/attention.cuh",
+        "wait_full<P, Tiles<P>::MOST_STAGES>(stream, stages(chunk, position), where);",
+        "",
+    ),
     "a key copied before it is written": ("cuda/stream.cuh", "if (where_.layer == 0) wait_written();", ""),
     "a value taken before it is ready": ("common/exchange.h", " && ready<BIT>(v[i], parity)", ""),
     "a value with the parity of its last use": (
         "common/exchange.h",
-        "(as_word(v) & ~1u) | parity",
-        "(as_word(v) & ~1u) | (parity ^ 1)",
+        "(as_word(v[0]) & ~1u) | parity",
+        "(as_word(v[0]) & ~1u) | (parity ^ 1)",
     ),
-    "two vectors in one slot": ("common/decoder.h", "P::X_DOWN", "P::X_O"),
+    "a vector taken from another's slot": ("common/decoder.h", "P::X_DOWN", "P::X_O"),
     "a gathered vector used before the barrier": (
         "common/residual.h",
         "sync();\n}\n\n}  // namespace",
@@ -291,7 +375,7 @@ BUGS = {
 @pytest.mark.parametrize("bug", BUGS)
 def test_a_planted_bug_is_noticed(bug: str) -> None:
     file, old, new = BUGS[bug]
-    sound, checkpoint = emulated("planted")
+    sound, checkpoint = emulated("step-in-ring" if bug == "a key copied before it is written" else "planted")
 
     def patch(headers: dict[str, str]) -> dict[str, str]:
         assert old in headers[file], f"{file} has changed: plant the bug anew"
@@ -308,6 +392,59 @@ def test_a_planted_bug_is_noticed(bug: str) -> None:
             return True
 
     assert any(seen(seed) for seed in range(1, 9))
+
+
+# The same for sampling: what would go wrong on a GPU now and then, or always.
+SAMPLING_BUGS = {
+    "a word taken whatever its tag": ("common/choice.h", "&& ((u32)v[i] & TAG_MASK) == tag)", "&& (u32)v[i])"),
+    "logits read before the barrier": ("common/sampling.h", "sync();  // the rows' logits are in memory", ""),
+    "bins filled before they are cleared": (
+        "common/threshold.h",
+        "all[i] = 0;\n    sync();",
+        "all[i] = 0;",
+    ),
+    "a block whose rows nobody counts": ("common/threshold.h", "int b0 = i / ITEMS;", "int b0 = i / ITEMS + 1;"),
+    "one more than top-k": ("common/sampling.h", "find((u32)args.top_k,", "find((u32)args.top_k + 1,"),
+    "top-p of all, not of what top-k admits": ("common/threshold.h", "top_k ? top_k : ~0ull", "~0ull"),
+    "totals of another prefix": ("common/threshold.h", "area_prefix(level) != prefix", "area_prefix(level) == ~0u"),
+    "noise by the row within the block": ("common/sampling.h", "const int row = rows.first + i;", "const int row = i;"),
+    "noise that ignores the position": ("common/sampling.h", "(u32)(args.start + step)", "0"),
+    "a penalty that forgets the prompt": ("common/sampling.h", "= IN_PROMPT;  //", "= 0;  //"),
+    "tokens that are not counted": ("common/sampling.h", "rows.seen[token - rows.first]++", "(void)token"),
+    "a bias that is lost": ("common/sampling.h", "from = rows.scores;", ""),
+    "a block's largest logit in place of all blocks'": (
+        "common/sampling.h",
+        "largest = value_of(largest_of_blocks<P>(maxima, tag, where, WAIT_MAXIMA));",
+        "largest = value_of(best);",
+    ),
+    "the log-probability of another block's candidate": (
+        "common/logprobs.h",
+        "without_tag(load_key((u64*)(args.exchange + P::X_KEYS) + b)) == key",
+        "b == 0",
+    ),
+    "likeliest tokens out of order": ("common/logprobs.h", "if (key < best) next", "next"),
+}
+
+
+@pytest.mark.parametrize("bug", SAMPLING_BUGS)
+def test_a_planted_bug_of_sampling_is_noticed(bug: str) -> None:
+    file, old, new = SAMPLING_BUGS[bug]
+    sound, checkpoint = emulated("sampled")
+
+    def patch(headers: dict[str, str]) -> dict[str, str]:
+        assert old in headers[file], f"{file} has changed: plant the bug anew"
+        return {**headers, file: headers[file].replace(old, new)}
+
+    broken = Emulated(sound.plan, checkpoint, patch)
+
+    def seen(name: str, order: int) -> bool:
+        try:
+            sampled_as_the_reference(broken, dataclasses.replace(SAMPLED[name], seed=order), order)
+        except AssertionError:  # an EmulatorError is one too
+            return True
+        return False
+
+    assert any(seen(name, order) for order in range(1, 13) for name in SAMPLED)
 
 
 def test_a_stall_is_reported_with_its_place() -> None:

@@ -507,11 +507,11 @@ def write(directory: Path, text: str | bytes, name: str = "config.json") -> Path
 
 def test_generation_config_names_the_stop_tokens(tmp_path: Path) -> None:
     write(tmp_path, json.dumps(config()))
-    write(tmp_path, '{"eos_token_id": [9, 2], "temperature": 0.6, "repetition_penalty": 1.1}', "generation_config.json")
+    write(tmp_path, '{"eos_token_id": [9, 2], "temperature": 0.6, "num_beams": 4}', "generation_config.json")
     spec, notes = spec_from_dir(tmp_path)
     assert spec.eos_tokens == (9, 2)
     assert len(notes) == 1
-    assert "repetition_penalty = 1.1 is not applied" in notes[0]
+    assert "num_beams = 4 is not applied" in notes[0]
     write(tmp_path, '{"eos_token_id": 999}', "generation_config.json")
     with pytest.raises(KogcError, match=r"generation_config\.json: eos_tokens: 999"):
         spec_from_dir(tmp_path)

@@ -276,12 +276,15 @@ def test_kv_chunks_hold_each_element_where_stated(target: str, dim: int) -> None
     for p in (0, 1, 7, 8, 9, 15, 16, 127, 128, 200, 299):
         for d in (0, 1, 7, 8, 13, 16, dim - 1):
             chunk, inside, r = p // 128, p % 128, p % 16
-            assert keys[p, d] == floats[chunk, inside * dim + d]
-            at = inside * dim + d
+            key, value = inside * dim + d, (128 + inside) * dim + d
             if target == "cuda":
+                tile, fragment = inside // 16 * 32 * dim, d // 16 * 32
+                lane, element = (r % 8) * 4 + d % 16 // 4, d % 4 // 2 * 4 + r // 8 * 2 + d % 2
+                key = tile + (fragment + lane) * 8 + element
                 lane, element = (d % 8) * 4 + (r % 8) // 2, (d % 16) // 8 * 4 + r % 2 + 2 * (r // 8)
-                at = ((inside // 16 * (dim // 16) + d // 16) * 32 + lane) * 8 + element
-            assert values[p, d] == floats[chunk, 128 * dim + at]
+                value = tile + 16 * dim + (fragment + lane) * 8 + element
+            assert keys[p, d] == floats[chunk, key]
+            assert values[p, d] == floats[chunk, value]
     again = pack_kv(plan, target, *unpack_kv(plan, target, raw, 384))
     assert np.array_equal(again, raw)
     partial = unpack_kv(plan, target, pack_kv(plan, target, keys, values), positions)

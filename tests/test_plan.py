@@ -7,8 +7,8 @@ import dataclasses
 import pytest
 
 from kogc.errors import UsageError
-from kogc.plan.matvec import WARPS, MatVec, cut
-from kogc.plan.plan import Options, make_plan
+from kogc.plan.matvec import FEWEST_GROUPS, MatVec, cut
+from kogc.plan.plan import Knobs, Options, make_plan
 from kogc.profile import load_profile
 from kogc.spec import list_specs, load_spec
 
@@ -42,12 +42,12 @@ def test_units_of_four_rows_where_they_make_the_busiest_block_lighter() -> None:
 
 @pytest.mark.parametrize("unit", [8, 4])
 @pytest.mark.parametrize("columns", [1, 96, 512, 1088, 1152, 2048])
-def test_every_warp_has_a_group_of_every_unit(unit: int, columns: int) -> None:
+def test_a_unit_has_enough_whole_groups(unit: int, columns: int) -> None:
     phase = MatVec("o", 64, columns, unit, 4, 0)
     assert phase.columns_padded >= columns
     assert phase.fragments * 512 == phase.unit_bytes
     assert phase.fragments % phase.group == 0
-    assert phase.fragments // phase.group >= WARPS
+    assert phase.fragments // phase.group >= FEWEST_GROUPS
 
 
 def test_remainders_follow_one_another_around_the_blocks() -> None:
@@ -131,3 +131,13 @@ def test_kv_bytes_count_the_window() -> None:
     assert plan.kv_bytes_read(100) == s.layers * s.kv_heads * 100 * s.head_dim * 4
     windowed = dataclasses.replace(plan, spec=dataclasses.replace(s, sliding_window=64, sliding_layers=(0,)))
     assert windowed.kv_bytes_read(100) == plan.kv_bytes_read(100) - s.kv_heads * 36 * s.head_dim * 4
+
+
+@pytest.mark.parametrize(
+    ("name", "in_flight"), [("smollm2-135m", 1), ("qwen3-0.6b", 1), ("llama-3.2-1b", 3), ("llama-3.1-8b", 5)]
+)
+def test_larger_layers_have_more_in_flight_unless_knobs_are_given(name: str, in_flight: int) -> None:
+    spec = load_spec(name)
+    knobs = make_plan(spec, H200).knobs
+    assert (knobs.in_flight, knobs.in_flight_exchange) == (in_flight, min(2, in_flight))
+    assert make_plan(spec, H200, Options(knobs=Knobs(in_flight=2))).knobs == Knobs(in_flight=2)

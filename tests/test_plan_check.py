@@ -11,7 +11,7 @@ from kogc.errors import KogcError
 from kogc.plan.check import check
 from kogc.plan.exchange import ExchangeMap
 from kogc.plan.matvec import MatVec
-from kogc.plan.order import Action, check_order, owners, scenarios
+from kogc.plan.order import Action, Graph, check_order, owners, scenarios
 from kogc.plan.plan import Knobs, Options, Plan, make_plan
 from kogc.profile import load_profile
 from kogc.spec import list_specs, load_spec
@@ -155,7 +155,7 @@ def test_exchange_slots_that_overlap_or_are_not_aligned() -> None:
     refused(change_slot(plan, "o", offset=plan.exchanges["o"].offset + 4), "exchange o .* not aligned")
     plan = plan_of()
     bytes_short = ExchangeMap(plan.exchanges.slots, plan.exchanges.bytes - 128)
-    refused(with_cached(plan, exchanges=bytes_short), "keys ends after")
+    refused(with_cached(plan, exchanges=bytes_short), "seen ends after")
 
 
 def test_a_word_without_a_writer() -> None:
@@ -212,3 +212,27 @@ def test_a_slot_used_again_right_after_it_was_read_is_found() -> None:
     check_order(12, [*gather, *other, *gather], "another exchange between")
     with pytest.raises(KogcError, match="exchange down: block 1 may rewrite it before block 0 has read it"):
         check_order(12, [*gather, *gather], "nothing between")
+
+
+def sampled(plan: Plan, rounds: int = 2) -> list[Action]:
+    """A token chosen by sampling, twice, with a layer before each."""
+    graph = Graph(plan)
+    return [*graph.layer(1), *graph.sampled(rounds, True)] * 2
+
+
+@pytest.mark.parametrize("blocks", [2, 12, 64, 132])
+def test_the_rounds_of_a_search_need_each_other(blocks: int) -> None:
+    """A histogram is rewritten in the next round: only the sums that all await show that it has been read."""
+    plan = plan_of(blocks)
+    check_order(blocks, sampled(plan), "sampling")
+    with pytest.raises(KogcError, match="exchange histogram: block .* may rewrite it before block"):
+        check_order(blocks, dropped(sampled(plan), "totals"), "no totals")
+    with pytest.raises(KogcError, match="exchange totals: block .* may rewrite it before block"):
+        check_order(blocks, dropped(sampled(plan), "histogram"), "no histogram")
+
+
+def test_candidates_need_the_layers_between_two_choices() -> None:
+    plan = plan_of()
+    actions = [a for a in sampled(plan) if a.slot in ("candidates", "keys")]
+    with pytest.raises(KogcError, match="exchange candidates: block .* may rewrite it before block 0 has read it"):
+        check_order(plan.blocks, actions, "one choice after the other")

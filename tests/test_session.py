@@ -28,8 +28,9 @@ from kogc.packing import SlabWeights, operands
 from kogc.plan.plan import Options, Plan, make_plan
 from kogc.profile import load_profile
 from kogc.runtime import SITES, HostWords, Program, Request, Runtime, cpu, open_runtime, stall_message, upload
-from kogc.runtime.args import POINTERS, KernelArgs, kernel_args
+from kogc.runtime.args import POINTERS, KernelArgs, Logprobs, kernel_args
 from kogc.runtime.upload import read_exactly
+from kogc.sampling import Sampling
 from kogc.session import Session
 from kogc.spec import ModelSpec, Rope
 
@@ -123,13 +124,15 @@ class Letters:
 def test_arguments_have_the_layout_of_the_header() -> None:
     """Field by field against templates/common/args.h: order, and natural C alignment."""
     header = (Path(kogc.__file__).parent.parent / "templates/common/args.h").read_text()
-    body = header[header.index("struct KernelArgs") : header.index("};")]
+    start = header.index("struct KernelArgs")
+    body = header[start : header.index("};", start)]
     lines = [line.split("//")[0].strip() for line in body.splitlines()[1:]]
     names = [name for line in lines for name in re.findall(r"(\w+)(?:\[\w+\])?\s*[,;]", line)]
     assert names == [field[0] for field in KernelArgs._fields_]
     assert tuple(names[: len(POINTERS)]) == POINTERS
-    assert [getattr(KernelArgs, n).offset for n in ("start", "n_stop", "stop", "trace")] == [104, 116, 120, 184]
-    assert ctypes.sizeof(KernelArgs) == 192
+    places = {"start": 104, "n_stop": 116, "stop": 120, "trace": 184, "seed": 208, "choice": 216, "presence": 256}
+    assert {name: getattr(KernelArgs, name).offset for name in places} == places
+    assert ctypes.sizeof(KernelArgs) == 264
 
 
 def test_sites_are_those_of_the_header() -> None:
@@ -190,6 +193,32 @@ def test_held_back_text_comes_with_the_last_token(runtime: Runtime) -> None:
     expected = continuation([12], odd, VOCAB)
     assert [p.token for p in pieces] == expected
     assert "".join(p.text for p in pieces) == "".join(f"<{t}>" for t in expected)
+
+
+def test_sampling_reaches_the_kernel(machine: Machine, toy: Session) -> None:
+    wanted = Sampling(top_k=9, logit_bias=((3, 0.5), (100, -2.0)), seed=1 << 40)
+    toy.generate([5, 6], 4, stop=(), sampling=wanted)
+    toy.generate([5, 6], 4, stop=())
+    toy.runtime.run(Request((8,), 3, 2, sampling=Sampling(presence_penalty=1.0), history=(5, 6, 7)))
+    sampled, greedy, seedless = machine.kernel.launches
+    assert (sampled.choice, sampled.top_k, sampled.seed) == (1 | 2 | 8, 9, 1 << 40)
+    assert sampled.bias == [(3, 0.5), (100, -2.0)]
+    assert (greedy.choice, greedy.bias, greedy.history) == (0, [], [])
+    assert (seedless.choice, seedless.prompt, seedless.history) == (1 | 4, [8], [5, 6, 7])
+    assert seedless.seed > 0
+    with pytest.raises(ValueError, match="a history of 2 tokens before position 1"):
+        toy.runtime.run(Request((8,), 1, 2, history=(5, 6)))
+
+
+def test_logprobs_come_with_their_tokens(toy: Session) -> None:
+    for n, count in ((2, 5), (0, 3), (20, 40)):
+        made = toy.generate([5, 6], count, stop=(), sampling=Sampling(seed=1, logprobs=n))
+        assert made.tokens == continuation([5, 6], count, VOCAB)
+        top = [tuple((token + i, -0.5 - i) for i in range(n)) for token in made.tokens]
+        assert made.logprobs == [Logprobs(-0.5, pairs) for pairs in top]
+    result = toy.runtime.run(Request((5, 6), max_new=5, sampling=Sampling(seed=1, logprobs=1)))
+    assert [logprobs.top[0][0] for logprobs in result.logprobs] == result.tokens
+    assert toy.generate([5, 6], 3, stop=()).logprobs == []
 
 
 def test_the_context_ends_a_generation(toy: Session) -> None:

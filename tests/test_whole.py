@@ -69,6 +69,20 @@ def test_prompt_from_a_file_is_the_same(home: Path, artifact: Path) -> None:
 
 
 @needs_cpu
+def test_sampling_options_change_what_the_model_asks_for(home: Path, artifact: Path) -> None:
+    def run(*options: object) -> str:
+        done = kogc_process(home, "run", artifact, "-p", "hello", "-n", 12, *options)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    greedy = run()  # the checkpoint's generation_config.json says nothing of sampling
+    assert run("--greedy") == run("--temperature", 0) == run("--top-k", 1) == greedy
+    drawn = run("--seed", 5, "--temperature", 1.5, "--top-p", 0.99)
+    assert drawn == run("--seed", 5, "--temperature", 1.5, "--top-p", 0.99, "--ignore-generation-config") != greedy
+    assert run("--repetition-penalty", 5.0) != greedy
+
+
+@needs_cpu
 def test_real_builds_are_identical(home: Path, checkpoint: Path, artifact: Path, tmp_path: Path) -> None:
     """Compiled again, not taken from the cache, in another place."""
     moved = Path(shutil.copytree(checkpoint, tmp_path / checkpoint.name))

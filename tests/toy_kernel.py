@@ -52,6 +52,7 @@ class ToyKernel:
         prompt = [int(t) for t in ints(args.prompt, args.n_prompt)]
         stop = list(args.stop[: args.n_stop])
         self.launches.append(SimpleNamespace(prompt=prompt, start=args.start, max_new=args.max_new, stop=stop))
+        self._note_sampling(args)
         if args.logits:
             self._write_logits(args, prompt)
         token, made = prompt[-1], 0
@@ -61,12 +62,29 @@ class ToyKernel:
                 ints(args.report, 16)[:8] = self.stall
                 return 1
             token = next_token(token, args.start + len(prompt) + made - 1, self.vocab)
+            if args.records:
+                self._write_record(args, made, token)
             ints(args.tokens, args.max_new)[made] = token
             made += 1
             if token in stop or ints(args.stop_word, 1)[0]:
                 break
         self.launches[-1].made = made
         return self.fail
+
+    def _note_sampling(self, args: KernelArgs) -> None:
+        launch, bias = self.launches[-1], ints(args.bias, 2 * args.n_bias) if args.n_bias else np.empty(0, np.int32)
+        launch.choice, launch.seed, launch.top_k = args.choice, args.seed, args.top_k
+        launch.bias = list(zip(bias[::2].tolist(), bias[1::2].copy().view(np.float32).tolist(), strict=True))
+        before = args.prompt - 4 * args.n_history
+        launch.history = [int(t) for t in ints(before, args.n_history)]
+
+    def _write_record(self, args: KernelArgs, made: int, token: int) -> None:
+        """The token itself is the likeliest, at -0.5; the one after it comes next, at -1.5, and so on."""
+        n = args.n_logprobs
+        record = ints(args.records, (made + 1) * (1 + 2 * n))[made * (1 + 2 * n) :]
+        record[1 : 1 + n] = token + np.arange(n)
+        record.view(np.float32)[0] = -0.5
+        record.view(np.float32)[1 + n :] = -0.5 - np.arange(n)
 
     def _write_logits(self, args: KernelArgs, prompt: list[int]) -> None:
         count = len(prompt) * self.vocab

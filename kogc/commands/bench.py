@@ -47,6 +47,7 @@ def _knobs(words: tuple[str, ...]) -> Knobs | None:
 @click.option("-n", "count", type=click.IntRange(min=1), default=128, show_default=True, help="Tokens to generate.")
 @click.option("-d", "depths", default="0,512,4096", show_default=True, callback=_depths, help="Context depths.")
 @click.option("--repeat", type=click.IntRange(min=1), default=3, show_default=True, help="Timed runs of each depth.")
+@click.option("--sample", is_flag=True, help="Also time tokens that are drawn, with filters and penalties.")
 @click.option("--steady", is_flag=True, help="Also time each of 2,000 tokens, from the first depth.")
 @click.option("--phases", is_flag=True, help="Also show what a token's time goes to, at the first depth.")
 @click.option("--trace", type=click.Path(path_type=Path), metavar="FILE", help="Also write a Chrome/Perfetto trace.")
@@ -61,6 +62,7 @@ def command(
     count: int,
     depths: list[int],
     repeat: int,
+    sample: bool,
     steady: bool,
     phases: bool,
     trace: Path | None,
@@ -83,6 +85,7 @@ def command(
         "phases": phases,
         "trace": trace,
         "steady": steady,
+        "sample": sample,
     }
     if (Path(model) / MANIFEST).is_file():
         _measure(Path(model), asked, as_json, **chosen)

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from ..plan.plan import Plan
+    from ..sampling import Sampling
     from ..session import Session, Stream
 
 
@@ -25,6 +26,16 @@ COUNT_HELP = f"Most tokens to make [{DEFAULT_COUNT}; with --chat, of an answer: 
 @click.option("--chat", is_flag=True, help="Converse: a line of stdin is a turn.")
 @click.option("--system", metavar="TEXT", help="With --chat: the system message.")
 @click.option("-n", "count", type=click.IntRange(min=1), metavar="N", help=COUNT_HELP)
+@click.option("--temperature", type=float, metavar="T", help="Divides the logits; 0: the largest is taken.")
+@click.option("--top-k", type=int, metavar="K", help="Draw among the K likeliest tokens; 0: all.")
+@click.option("--top-p", type=float, metavar="P", help="Draw among the likeliest tokens that reach probability P.")
+@click.option("--min-p", type=float, metavar="P", help="Draw among tokens at least P times as likely as the likeliest.")
+@click.option("--repetition-penalty", type=float, metavar="X", help="Divides the logits of tokens seen; 1: off.")
+@click.option("--presence-penalty", type=float, metavar="X", help="Subtracted for tokens made before.")
+@click.option("--frequency-penalty", type=float, metavar="X", help="Subtracted for each time a token was made.")
+@click.option("--seed", type=int, metavar="N", help="The same seed makes the same text.")
+@click.option("--greedy", is_flag=True, help="Take the largest logit: the same as --temperature 0.")
+@click.option("--ignore-generation-config", is_flag=True, help="Begin from plain settings, not from the model's own.")
 @click.option("--device", type=click.IntRange(min=0), default=0, show_default=True, help="Number of the GPU.")
 def command(
     artifact: str,
@@ -34,18 +45,28 @@ def command(
     chat: bool,
     system: str | None,
     count: int | None,
+    greedy: bool,
+    ignore_generation_config: bool,
     device: int,
+    **settings: float | None,
 ) -> None:
-    """Continue a text greedily; it is printed as it is made. The figures go to stderr.
+    """Continue a text; it is printed as it is made. The figures go to stderr.
+
+    Tokens are chosen as the model's generation_config.json asks, else the largest logit is taken. Options change that
+    one by one; --top-k, --top-p, --min-p and --seed mean a draw, at temperature 1 where nothing says another.
 
     With --chat, hold a conversation by the checkpoint's chat template. Ctrl-C ends an answer; Ctrl-C or Ctrl-D at the
     prompt ends the conversation.
     """
     start = None if chat else _prompt(prompt, file, tokens)
     _check_chat(chat, system, (prompt, file, tokens))
+    given = {name: value for name, value in settings.items() if value is not None}
+    _check(given, greedy)
     import kogc
+    from kogc.sampling import GREEDY
 
-    with kogc.load(artifact, device) as session:
+    with kogc.load(artifact, device, sampling=GREEDY if ignore_generation_config else None) as session:
+        session.sampling = _sampling(session.sampling, given, greedy)
         if start is not None:
             _run(session, start, count or DEFAULT_COUNT)
         else:
@@ -61,6 +82,35 @@ def _check_chat(chat: bool, system: str | None, prompts: Sequence[str | None]) -
         raise UsageError("--chat reads its turns from stdin: -p TEXT, -f FILE and -t IDS exclude it")
     if system is not None and not chat:
         raise UsageError("--system TEXT needs --chat")
+
+
+DRAWING = ("top_k", "top_p", "min_p", "seed")  # options that mean nothing to a greedy choice
+
+
+def _check(given: dict[str, float], greedy: bool) -> None:
+    """Refuse what is out of range before anything is loaded."""
+    from ..errors import KogcError, UsageError
+    from ..sampling import Sampling
+
+    drawing = [name for name in ("temperature", *DRAWING) if name in given]
+    if greedy and drawing:
+        raise UsageError(f"--greedy and --{drawing[0].replace('_', '-')} exclude each other")
+    try:
+        Sampling(**given)  # type: ignore[arg-type]
+    except KogcError as error:
+        name, _, rest = str(error).partition(":")
+        raise UsageError(f"--{name.replace('_', '-')}:{rest}") from None
+
+
+def _sampling(base: Sampling, given: dict[str, float], greedy: bool) -> Sampling:
+    """The model's own way with what the command line changes."""
+    from dataclasses import replace
+
+    if greedy:
+        given = {**given, "temperature": 0.0}
+    elif base.greedy and "temperature" not in given and any(name in given for name in DRAWING):
+        given = {**given, "temperature": 1.0}
+    return replace(base, **given)  # type: ignore[arg-type]
 
 
 def _prompt(text: str | None, file: str | None, tokens: str | None) -> str | Sequence[int]:

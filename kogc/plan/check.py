@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from ..errors import KogcError
-from .matvec import FRAGMENT_BYTES, UNITS, WARPS, MatVec
+from .matvec import FEWEST_GROUPS, FRAGMENT_BYTES, UNITS, WARPS, MatVec
 from .order import check_order, owners, scenarios
 from .plan import CHUNK, Plan
-from .shared_memory import COMBINE_BYTES, HEAD_TILE, PARTIAL_UNITS, attention_scratch
+from .shared_memory import HEAD_TILE, PARTIAL_UNITS, attention_scratch
 
 COPY_ALIGN = 16  # bytes: of addresses and sizes of bulk copies and vector loads
 MAX_COPY = (1 << 20) - 1  # bytes that a barrier in shared memory can count
@@ -67,8 +67,8 @@ def _check_phase(phase: MatVec) -> None:
         f"{phase.name}: {phase.columns} columns do not fit whole fragments of a unit",
     )
     _require(
-        phase.fragments % phase.group == 0 and phase.fragments // phase.group >= WARPS,
-        f"{phase.name}: {phase.fragments} fragments in groups of {phase.group} leave a warp without one",
+        phase.fragments % phase.group == 0 and phase.fragments // phase.group >= FEWEST_GROUPS,
+        f"{phase.name}: {phase.fragments} fragments in groups of {phase.group} are fewer than {FEWEST_GROUPS}",
     )
 
 
@@ -149,7 +149,7 @@ def _check_shared_memory(plan: Plan) -> None:
     _require(at <= memory.bytes, f"shared memory: {region.name} ends after the {memory.bytes} bytes asked for")
     limit = plan.profile.smem_per_block
     _require(memory.bytes <= limit, f"shared memory: {memory.bytes} bytes, a block of {plan.profile.name} has {limit}")
-    scratch = max(attention_scratch(plan.spec.head_dim, plan.heads_per_block), COMBINE_BYTES)
+    scratch = attention_scratch(plan.spec.head_dim, plan.heads_per_block)
     needs = {
         "ring": memory.stages * plan.knobs.stage_bytes,
         "activation": max(2 * max(p.columns_padded for p in plan.phases), scratch),

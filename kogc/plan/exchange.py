@@ -1,4 +1,4 @@
-"""The exchanges of a layer: which words cross blocks, and where they lie in global memory."""
+"""The exchanges: which words cross blocks, and where they lie in global memory; beside them what a block keeps."""
 
 from __future__ import annotations
 
@@ -9,12 +9,19 @@ from .matvec import round_up
 
 WORD = 4
 ALIGN = 128
+KEY = 2  # words of a key: what crosses blocks while a token is chosen
+LEVELS, BINS, MEASURES = 3, 512, 2  # of a search for a threshold (templates/common/threshold.h)
+CANDIDATES = 22  # keys of a block from which log-probabilities are made (templates/common/logprobs.h)
+PRIVATE = ("logits", "scores", "seen")  # one word a row of the vocabulary, for its block alone
 PARTIAL_EXTRA = 4  # words beside each partial attention output: maximum, sum, and padding to 16 bytes
 
 
 @dataclass(frozen=True)
 class Slot:
-    """A vector of FP32 words in global memory; the lowest bit of each word is the parity of its use."""
+    """A vector of words in global memory.
+
+    FP32 words carry in the lowest bit the parity of their use, keys of 64 bits in the lowest eleven bits its count.
+    """
 
     name: str
     words: int
@@ -31,7 +38,7 @@ class ExchangeMap:
 
 
 def exchange_map(spec: ModelSpec, blocks: int, splits: int) -> ExchangeMap:
-    """Lay the slots out one after the other. `keys` holds one 64-bit argmax key a block."""
+    """Lay the slots out one after the other. `keys` and `maxima` hold one key a block."""
     sizes = {
         "qkv": spec.qkv_rows,
         "partial": spec.heads * splits * (spec.head_dim + PARTIAL_EXTRA),
@@ -39,7 +46,12 @@ def exchange_map(spec: ModelSpec, blocks: int, splits: int) -> ExchangeMap:
         "o": spec.hidden,
         "hidden": spec.ffn,
         "down": spec.hidden,
-        "keys": 2 * blocks,
+        "keys": KEY * blocks,
+        "maxima": KEY * blocks,
+        "histogram": KEY * BINS * MEASURES * blocks,
+        "totals": KEY * BINS * MEASURES * LEVELS,
+        "candidates": KEY * CANDIDATES * blocks,
+        **dict.fromkeys(PRIVATE, spec.vocab),
     }
     slots: list[Slot] = []
     offset = 0
@@ -47,3 +59,11 @@ def exchange_map(spec: ModelSpec, blocks: int, splits: int) -> ExchangeMap:
         slots.append(Slot(name, words, offset))
         offset = round_up(offset + words * WORD, ALIGN)
     return ExchangeMap(tuple(slots), offset)
+
+
+def bins_owned(blocks: int) -> int:
+    """Bins of a search that one block adds up over all blocks: a power of two."""
+    owned = 1
+    while owned * blocks < BINS:
+        owned *= 2
+    return owned

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 FRAGMENT_BYTES = 512
 FRAGMENT_WEIGHTS = 256
 WARPS = 8  # consumer warps of a block; they share every stage
+FEWEST_GROUPS = 4  # of a unit: with fewer, warps would go through units faster than through weights
 UNITS = (8, 4)
 
 
@@ -69,8 +70,8 @@ class MatVec:
 
     @property
     def group(self) -> int:
-        """Consecutive fragments that one warp takes together: the widest of 4, 2, 1 that gives every warp a group."""
-        return next(g for g in (4, 2, 1) if self.fragments % g == 0 and self.fragments // g >= WARPS)
+        """Consecutive fragments that a warp takes together: the widest of 4, 2, 1 that leaves a unit enough groups."""
+        return next(g for g in (4, 2, 1) if self.fragments % g == 0 and self.fragments // g >= FEWEST_GROUPS)
 
     def rank(self, block: int) -> int:
         """Position of `block` in the order in which units are dealt."""

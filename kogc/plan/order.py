@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import KogcError
+from .exchange import BINS, CANDIDATES, KEY, LEVELS, MEASURES, PRIVATE, bins_owned
 
 if TYPE_CHECKING:
     from .matvec import MatVec
@@ -96,8 +97,17 @@ def _written(plan: Plan, slot: str, block: int) -> Iterator[tuple[int, int]]:
     elif slot == "attention":
         for head in range(block, s.heads, plan.blocks):
             yield head * s.head_dim, (head + 1) * s.head_dim
-    elif slot == "keys":
-        yield 2 * block, 2 * block + 2
+    elif slot in ("keys", "maxima", "candidates", "histogram"):
+        each = KEY * {"candidates": CANDIDATES, "histogram": BINS * MEASURES}.get(slot, 1)
+        yield each * block, each * (block + 1)
+    elif slot == "totals":
+        first, bin_ = bins_owned(plan.blocks) * block, KEY * MEASURES
+        for level in range(LEVELS if first < BINS else 0):
+            start = level * BINS + first
+            yield bin_ * start, bin_ * (start + min(bins_owned(plan.blocks), BINS - first))
+    elif slot in PRIVATE:
+        rows = plan.head.rows_of(block)
+        yield rows.start, rows.stop
     else:
         raise KogcError(f"exchange {slot}: no phase writes it")
 
@@ -115,7 +125,10 @@ def heads_of(plan: Plan, unit: int) -> range:
 
 
 def scenarios(plan: Plan) -> Iterator[tuple[str, list[Action]]]:
-    """Three consecutive layers with a step's end before the last: every way attention may differ between them."""
+    """Three consecutive layers with a step's end before the last: every way attention may differ between them.
+
+    And two tokens chosen one after the other, in every way that a token may be chosen.
+    """
     graph = Graph(plan)
     gather = min(plan.knobs.gather_splits, plan.splits)
     counts = sorted({1, gather, min(gather + 1, plan.splits), plan.splits})
@@ -125,6 +138,9 @@ def scenarios(plan: Plan) -> Iterator[tuple[str, list[Action]]]:
             actions += graph.choice() if choose else []
             actions += graph.layer(first)
             yield f"{first} then {second} attention splits", actions
+    for rounds, logprobs in product((0, 1, 2 * LEVELS), (False, True)):
+        token = [*graph.layer(gather), *graph.sampled(rounds, logprobs)]
+        yield f"sampling in {rounds} rounds", [*token, *token]
 
 
 class Graph:
@@ -147,6 +163,27 @@ class Graph:
     def choice(self) -> list[Action]:
         """The greedy choice at a step's end."""
         return self._all_gather("keys")
+
+    def sampled(self, rounds: int, logprobs: bool) -> list[Action]:
+        """A choice by sampling with so many rounds of search, totals of an earlier round read again before each."""
+        out = [self._write("candidates")] if logprobs else []
+        if rounds:
+            out += self._all_gather("maxima")
+        for number in range(rounds):
+            out += [self._all_gather("totals")[1]] if number else []
+            out += [self._write("histogram"), self._read("histogram", self._adders())]
+            out += self._all_gather("totals")
+        out += self.choice()
+        return [*out, self._read("candidates", self._first_reads_all())] if logprobs else out
+
+    def _adders(self) -> Pairs:
+        """Blocks that own bins read the histograms of all."""
+        return np.broadcast_to(self._writers("totals")[:, None], (self.plan.blocks, self.plan.blocks))
+
+    def _first_reads_all(self) -> Pairs:
+        out = np.zeros((self.plan.blocks, self.plan.blocks), bool)
+        out[0] = True
+        return out
 
     def _all_gather(self, slot: str) -> list[Action]:
         every = np.broadcast_to(self._writers(slot), (self.plan.blocks, self.plan.blocks))

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 PARTIAL_UNITS = 32  # units whose partial sums are kept before they are added up
 HEAD_TILE = 8  # query heads that one attention block handles: half of the 16 rows of a tensor-core tile
 COMBINE_BYTES = 256 * 24  # a running softmax of four outputs for each thread, when splits are combined
+SAMPLING_BYTES = 8704  # a histogram of a block's logits, and what a search finds in it (templates/common/threshold.h)
 ROW_PAD = 16  # BF16 elements between query rows, so that the rows of a fragment lie in different banks
 
 
@@ -34,11 +35,15 @@ class SharedMemory:
 
 
 def attention_scratch(head_dim: int, heads: int) -> int:
-    """Bytes of an attention block: query rows (high and low halves), the new key and value, the warps' outputs."""
+    """Bytes that a block works in between mat-vecs.
+
+    For attention query rows (high and low halves), the new key and value, the warps' outputs; or what combining splits
+    or sampling needs.
+    """
     query = 2 * HEAD_TILE * (head_dim + ROW_PAD) * 2
     new = 2 * head_dim * 2
     outputs = WARPS * round_up(heads, 2) * (head_dim + 4) * 4
-    return max(query + new + outputs, COMBINE_BYTES)
+    return max(query + new + outputs, COMBINE_BYTES, SAMPLING_BYTES)
 
 
 def shared_memory(plan: Plan) -> SharedMemory:

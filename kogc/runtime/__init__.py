@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import secrets
 import threading
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Generator, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,8 @@ from numpy.typing import NDArray
 from ..artifact import Operand
 from ..errors import KogcError
 from ..plan.plan import CHUNK, Plan
-from .args import REPORT_WORDS, KernelArgs, kernel_args
+from ..sampling import GREEDY, SEEDS, Sampling
+from .args import REPORT_WORDS, KernelArgs, Logprobs, bias_words, kernel_args, read_record, record_words
 
 LINE = 128  # bytes: the stop word, the report and the ring do not share a cache line
 ALIGN = 4096  # of every operand in the weights file and in memory
@@ -29,7 +31,7 @@ DUMMY_AMPLITUDE = 0.02 * 3**0.5  # uniform values of standard deviation 0.02, as
 # Where the kernel waits, as templates/common/args.h numbers it.
 SITES = (
     "stage full", "stage empty", "qkv", "partial attention", "attention", "attention output", "ffn hidden",
-    "ffn output", "argmax keys", "new keys and values",
+    "ffn output", "argmax keys", "new keys and values", "largest logits", "histogram", "totals", "candidates",
 )  # fmt: skip
 
 
@@ -66,22 +68,32 @@ class Program:
 
 @dataclass(frozen=True)
 class Request:
-    """One launch: `prompt` is evaluated from position `start`, then up to `max_new` tokens are made greedily."""
+    """One launch: `prompt` is evaluated from position `start`, then up to `max_new` tokens are made.
+
+    sampling: how they are chosen; without a seed, one is drawn. history: tokens before the prompt that are in the cache
+    already, for penalties to know; at most `start`.
+    """
 
     prompt: tuple[int, ...]
     start: int = 0
     max_new: int = 0
     stop: tuple[int, ...] = ()
     logits: bool = False
+    sampling: Sampling = GREEDY
+    history: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
 class Result:
-    """Tokens made; logits float32[len(prompt)][vocab] if asked for; kernel time in milliseconds."""
+    """Tokens made; logits float32[len(prompt)][vocab] if asked for; kernel time in milliseconds.
+
+    logprobs: one a token, where the request's sampling asks for them.
+    """
 
     tokens: list[int]
     logits: NDArray[np.float32] | None
     milliseconds: float
+    logprobs: list[Logprobs] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -126,6 +138,7 @@ class Runtime(ABC):
     def __init__(self, program: Program) -> None:
         self.program = program
         self.plan = program.plan
+        self._records: NDArray[np.int32] = np.empty((0, 1), np.int32)  # log-probabilities of the last launch
         self.last_timing = 0.0  # milliseconds that the last launch took on the device
         self._lock = threading.Lock()  # held while a launch is under way
         self._closed = False
@@ -133,8 +146,12 @@ class Runtime(ABC):
     # -- what a target provides
 
     @abstractmethod
-    def _launch(self, args: KernelArgs, prompt: NDArray[np.int32], logits: bool) -> None:
-        """Start the kernel; fills in the prompt and logits pointers."""
+    def _launch(self, args: KernelArgs, prompt: NDArray[np.int32], logits: bool, bias: NDArray[np.int32]) -> None:
+        """Start the kernel; fills in the pointers of prompt, logits and bias. `prompt` begins with the history."""
+
+    @abstractmethod
+    def _share_records(self, words: int) -> tuple[NDArray[np.int32], int]:
+        """Memory that kernel and host see, of at least so many words, and its address on the device."""
 
     @abstractmethod
     def _done(self) -> bool:
@@ -222,8 +239,9 @@ class Runtime(ABC):
             if self._closed:
                 raise KogcError("this session is closed")
             self.words.clear()
-            args = kernel_args(self._pointers(), request.start, len(request.prompt), request.max_new, request.stop)
-            self._launch(args, np.asarray(request.prompt, np.int32), request.logits)
+            args = self._arguments(request)
+            tokens = np.asarray((*request.history, *request.prompt), np.int32)
+            self._launch(args, tokens, request.logits, bias_words(request.sampling))
             try:
                 yield
             finally:
@@ -232,11 +250,30 @@ class Runtime(ABC):
         finally:
             self._lock.release()
 
+    def _arguments(self, request: Request) -> KernelArgs:
+        """ValueError for a history that is longer than what lies before the prompt."""
+        if len(request.history) > request.start:
+            raise ValueError(f"a history of {len(request.history)} tokens before position {request.start}")
+        sampling, pointers = request.sampling, self._pointers()
+        if sampling.seed is None and not sampling.greedy:
+            sampling = replace(sampling, seed=secrets.randbelow(SEEDS))
+        if each := record_words(sampling):
+            records, pointers["records"] = self._share_records(each * request.max_new)
+            self._records = records[: each * request.max_new].reshape(request.max_new, each)
+        prompt, history = len(request.prompt), len(request.history)
+        return kernel_args(pointers, request.start, prompt, request.max_new, request.stop, sampling, history)
+
+    def logprobs(self, index: int) -> Logprobs:
+        """Of token number `index` of the last launch, once that token has come; the request has asked for them."""
+        return read_record(self._records[index])
+
     def run(self, request: Request) -> Result:
         """Launch and wait for the end."""
         tokens = list(self.tokens(request))
         logits = self._read_logits(len(request.prompt)) if request.logits else None
-        return Result(tokens, logits, self.last_timing)
+        wanted = request.sampling.logprobs is not None
+        logprobs = [self.logprobs(i) for i in range(len(tokens))] if wanted else []
+        return Result(tokens, logits, self.last_timing, logprobs)
 
     def _follow(self, max_new: int) -> Iterator[int]:
         made = 0

@@ -44,6 +44,7 @@ class CpuRuntime(Runtime):
         self._thread: threading.Thread | None = None
         self._status = 0
         self._logits: NDArray[np.float32] = np.empty((0, self.plan.spec.vocab), np.float32)
+        self._record_words: NDArray[np.int32] = np.empty(0, np.int32)
         self._load_weights()
 
     def _load_weights(self) -> None:
@@ -79,20 +80,26 @@ class CpuRuntime(Runtime):
 
     # -- launching
 
-    def _launch(self, args: KernelArgs, prompt: NDArray[np.int32], logits: bool) -> None:
+    def _share_records(self, words: int) -> tuple[NDArray[np.int32], int]:
+        if self._record_words.size < words:
+            self._record_words = np.empty(words, np.int32)
+        return self._record_words, self._record_words.ctypes.data
+
+    def _launch(self, args: KernelArgs, prompt: NDArray[np.int32], logits: bool, bias: NDArray[np.int32]) -> None:
         self._exchange[:] = 0
         self._trace[:] = 0
         prompt, generate = np.ascontiguousarray(prompt), self._library.kogc_generate
         if logits:
-            self._logits = np.empty((len(prompt), self.plan.spec.vocab), np.float32)
-        args.prompt = prompt.ctypes.data
+            self._logits = np.empty((args.n_prompt, self.plan.spec.vocab), np.float32)
+        args.prompt = prompt.ctypes.data + prompt.itemsize * args.n_history
+        args.bias = bias.ctypes.data
         args.logits = self._logits.ctypes.data if logits else 0
 
         def work() -> None:
             before = time.perf_counter()
             self._status = int(generate(ctypes.byref(args)))
             self.last_timing = (time.perf_counter() - before) * 1e3
-            prompt.flags.writeable = False  # the closure keeps the prompt alive until here
+            prompt.flags.writeable = bias.flags.writeable = False  # the closure keeps both alive until here
 
         self._thread = threading.Thread(target=work, name="kogc", daemon=True)
         self._thread.start()

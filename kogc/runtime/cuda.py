@@ -12,8 +12,9 @@ from numpy.typing import NDArray
 
 from ..errors import KogcError
 from ..plan.plan import Plan
+from ..sampling import MAX_BIAS
 from . import HostWords, Kernel, Program, Runtime, trace_bytes
-from .args import THREADS, KernelArgs
+from .args import BIAS_BYTES, THREADS, KernelArgs
 from .driver import Driver, check_driver, check_gpu, open_gpu
 from .upload import Uploader
 
@@ -122,6 +123,8 @@ class CudaRuntime(Runtime):
         self._trace, self._trace_bytes = 0, 0
         self._fit(plan)
         self._prompt = self._alloc(plan.max_context * 4)
+        self._bias = self._alloc(MAX_BIAS * BIAS_BYTES)
+        self._records_address, self._record_words = 0, 0
         self._logits, self._logits_bytes = 0, 0
         self._driver.call("cuMemsetD8", self._kv, 0, plan.kv_bytes)
         self._driver.call("cuMemcpyHtoD", self._rope, rope.ctypes.data, rope.nbytes)
@@ -146,14 +149,25 @@ class CudaRuntime(Runtime):
         return address
 
     def _share_words(self) -> None:
-        """Pinned memory that the kernel writes and the host reads meanwhile."""
-        driver = self._driver
         size = HostWords.bytes(self.plan.max_context)
-        flags = driver.CU_MEMHOSTALLOC_DEVICEMAP | driver.CU_MEMHOSTALLOC_PORTABLE
-        address = int(driver.call("cuMemHostAlloc", size, flags))
-        self._undo.append(lambda: driver.attempt("cuMemFreeHost", address))
-        self._words_on_device = int(driver.call("cuMemHostGetDevicePointer", address, 0))
+        address, self._words_on_device = self._share(size)
         self.words = HostWords((ctypes.c_char * size).from_address(address), self.plan.max_context)
+
+    def _share(self, count: int) -> tuple[int, int]:
+        """Pinned memory that the kernel writes and the host reads meanwhile: its address here, and on the device."""
+        driver = self._driver
+        flags = driver.CU_MEMHOSTALLOC_DEVICEMAP | driver.CU_MEMHOSTALLOC_PORTABLE
+        address = int(driver.call("cuMemHostAlloc", count, flags))
+        self._undo.append(lambda: driver.attempt("cuMemFreeHost", address))
+        return address, int(driver.call("cuMemHostGetDevicePointer", address, 0))
+
+    def _share_records(self, words: int) -> tuple[NDArray[np.int32], int]:
+        self._use_context()
+        if words > self._record_words:
+            address, self._records_address = self._share(4 * words)
+            buffer: Any = (ctypes.c_char * (4 * words)).from_address(address)
+            self._records_here, self._record_words = np.frombuffer(buffer, np.int32), words
+        return self._records_here, self._records_address
 
     def _load_weights(self) -> None:
         source = self.program.weights
@@ -173,11 +187,15 @@ class CudaRuntime(Runtime):
 
     # -- launching
 
-    def _launch(self, args: KernelArgs, prompt: NDArray[np.int32], logits: bool) -> None:
+    def _launch(self, args: KernelArgs, prompt: NDArray[np.int32], logits: bool, bias: NDArray[np.int32]) -> None:
         self._use_context()
         driver, plan = self._driver, self.plan
-        args.logits = self._logits_buffer(len(prompt)) if logits else 0
+        args.logits = self._logits_buffer(args.n_prompt) if logits else 0
+        args.prompt = self._prompt + prompt.itemsize * args.n_history
+        args.bias = self._bias
         driver.call("cuMemcpyHtoD", self._prompt, prompt.ctypes.data, prompt.nbytes)
+        if bias.size:
+            driver.call("cuMemcpyHtoD", self._bias, bias.ctypes.data, bias.nbytes)
         driver.call("cuMemsetD8Async", self._exchange, 0, plan.exchanges.bytes, self._stream)
         if plan.trace_events:
             driver.call("cuMemsetD8Async", self._trace, 0, trace_bytes(plan), self._stream)
@@ -220,7 +238,7 @@ class CudaRuntime(Runtime):
 
     def _pointers(self) -> dict[str, int]:
         operands = {o.name: self._weights + o.offset for o in self.program.operands if o.name != "inv_freq"}
-        caches = {"rope": self._rope, "kv": self._kv, "exchange": self._exchange, "prompt": self._prompt}
+        caches = {"rope": self._rope, "kv": self._kv, "exchange": self._exchange}
         if self.plan.trace_events:
             caches["trace"] = self._trace
         return operands | caches | HostWords.pointers(self._words_on_device)

@@ -12,6 +12,14 @@ using i32 = int;
 constexpr int MAX_STOP_TOKENS = 16;
 constexpr int REPORT_WORDS = 16;
 
+// What choosing a token takes, beside the largest logit.
+enum Choice : u32 { DRAW = 1, FILTER = 2, PENALISE = 4, BIAS = 8, LOGPROBS = 16 };
+
+struct Bias {
+  i32 token;
+  float value;
+};
+
 struct KernelArgs {
   const u8* slabs;        // weights: one contiguous slab a block, in the order of use
   const u16* embedding;   // [vocab][hidden]
@@ -21,7 +29,7 @@ struct KernelArgs {
   const float* rope;      // [max_context][head_dim / 2][cos, sin]
   u16* kv;                // [layer][kv head][chunk][K, V]
   u8* exchange;           // zero at launch
-  const i32* prompt;      // [n_prompt]
+  const i32* prompt;      // [n_prompt]; before it lie n_history tokens that penalties know
   i32* tokens;            // host-visible ring: token i of the continuation, -1 until it is known
   float* logits;          // null, or [n_prompt][vocab]
   const i32* stop_word;   // host-visible: the host stores 1 to end the generation
@@ -29,9 +37,22 @@ struct KernelArgs {
   i32 start, n_prompt, max_new, n_stop;
   i32 stop[MAX_STOP_TOKENS];
   u64* trace;             // null, or the event buffer of a tracing build
+  const Bias* bias;       // [n_bias], tokens all different
+  u32* records;           // host-visible, with LOGPROBS: see logprobs.h
+  u64 seed;
+  u32 choice;             // of Choice; 0: the largest logit
+  u32 top_p;              // in 2^-32; 0: off
+  i32 top_k;              // 0: off
+  i32 n_history, n_bias, n_logprobs;
+  float inverse_temperature;
+  float reach;            // rows further below the largest, in units of the temperature, are out: min-p
+  float repetition, inverse_repetition, presence, frequency;
 };
 
 // Places where the kernel waits, as they appear in a stall report.
-enum Site { STAGE_FULL, STAGE_EMPTY, WAIT_QKV, WAIT_PARTIAL, WAIT_ATTENTION, WAIT_O, WAIT_HIDDEN, WAIT_DOWN, WAIT_KEYS, CACHE_WRITTEN };
+enum Site {
+  STAGE_FULL, STAGE_EMPTY, WAIT_QKV, WAIT_PARTIAL, WAIT_ATTENTION, WAIT_O, WAIT_HIDDEN, WAIT_DOWN, WAIT_KEYS, CACHE_WRITTEN,
+  WAIT_MAXIMA, WAIT_HISTOGRAM, WAIT_TOTALS, WAIT_CANDIDATES
+};
 
 }  // namespace kogc

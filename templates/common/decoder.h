@@ -124,60 +124,41 @@ template <class P> class Decoder {
 
   static KOGC_DEVICE float silu(float v) { return v * reciprocal(1.0f + exp2_fast(-LOG2E * v)); }
 
-  // --- greedy choice ---------------------------------------------------------------------------------------------------
-  // A choice: the logit in order, then the lowest row, then a stop flag and the count of choices as a tag.
-  static constexpr u32 TAG_BITS = 11, STOP_BIT = TAG_BITS, ROW_SHIFT = STOP_BIT + 1;
-  static constexpr u32 TAG_MASK = (1u << TAG_BITS) - 1, ROW_MASK = (1u << (32 - ROW_SHIFT)) - 1;
-
-  static KOGC_DEVICE u64 larger(u64 a, u64 b) { return a > b ? a : b; }
-
-  // Whether this step's logits choose a token; how many choices there have been then.
+  // --- the choice of a token -------------------------------------------------------------------------------------------
+  // Whether this step's logits choose a token.
   KOGC_DEVICE bool chooses() const { return where_.step >= args_.n_prompt - 1 && args_.max_new > 0; }
-  KOGC_DEVICE u32 tag() const { return (u32)(where_.step - args_.n_prompt + 2) & TAG_MASK; }
   KOGC_DEVICE u64* keys() const { return (u64*)(args_.exchange + P::X_KEYS); }
 
   KOGC_DEVICE u64 consider(int row, float logit) {
     if (args_.logits && where_.step < args_.n_prompt) args_.logits[(u64)where_.step * P::VOCAB + row] = logit;
-    return (u64)ordered(logit) << 32 | (u64)(ROW_MASK - (u32)row) << ROW_SHIFT;
+    if (args_.choice) slot(P::X_LOGITS)[row] = logit;
+    return key_of(logit, row);
   }
 
   KOGC_DEVICE void put_choice(u64 best, i32 stop) {
-    best = block_maximum(best);
-    if (thread() == 0) store_key(keys() + block(), best | (u64)(stop != 0) << STOP_BIT | tag());
+    const u32 tag = choice_tag(args_, where_.step);
+    if (args_.choice) best = sample<P>(args_, where_.step, best);
+    best = block_maximum<P>(best);
+    if (thread() != 0) return;
+    store_key(keys() + block(), best | (u64)(stop != 0) << STOP_BIT | tag);
+    if (args_.choice & LOGPROBS) put_raw<P>(args_, best, tag);
   }
 
   // All blocks agree on the next token. False: it ends the generation.
   KOGC_DEVICE bool choose() {
-    u64 best = 0;
-    for (int b = thread(); b < P::BLOCKS; b += THREADS) {
-      Spin spin;
-      u64 key;
-      while (((u32)(key = load_key(keys() + b)) & TAG_MASK) != tag()) spin.step(where_, WAIT_KEYS, tag());
-      if (b == 0) words<P>().stop = (i32)(key >> STOP_BIT & 1);
-      best = larger(best, key & ~(u64)(TAG_MASK | 1u << STOP_BIT));
-    }
-    best = block_maximum(best);
-    const i32 token = (i32)(ROW_MASK - ((u32)best >> ROW_SHIFT));
+    const int made = where_.step - (args_.n_prompt - 1);
+    const u32 tag = choice_tag(args_, where_.step);
+    const u64 best = largest_of_blocks<P>(keys(), tag, where_, WAIT_KEYS);
+    const i32 token = row_of(best);
     if (thread() == 0) words<P>().chosen = token;
-    if (block() == 0 && thread() == 0) store_host(args_.tokens + where_.step - (args_.n_prompt - 1), token);
+    if ((args_.choice & LOGPROBS) && block() == 0) put_record<P>(args_, where_.step, made, best, tag);
+    if (block() == 0 && thread() == 0) store_host(args_.tokens + made, token);
+    if (args_.choice & PENALISE) count_token<P>(args_, token);
     bool stopped = words<P>().stop;
     for (int i = 0; i < args_.n_stop; i++) stopped = stopped || token == args_.stop[i];
     sync();
     mark(HEAD_CHOICE);
     return !stopped;
-  }
-
-  // The largest key of the block, on every thread.
-  KOGC_DEVICE u64 block_maximum(u64 key) {
-    u64(&of_warps)[16] = words<P>().warp_keys;
-    for (int m = LANES / 2; m; m /= 2) {
-      key = larger(key, shuffle_xor(key, m));
-    }
-    sync();  // the last reader of the area is done
-    if (lane() == 0) of_warps[warp()] = key;
-    sync();
-    for (int w = 0; w < WARPS; w++) key = larger(key, of_warps[w]);
-    return key;
   }
 
   KOGC_DEVICE float* slot(int offset) const { return (float*)(args_.exchange + offset); }

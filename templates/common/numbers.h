@@ -24,6 +24,7 @@ KOGC_DEVICE u32 ordered(float v) {
   const u32 w = as_word(v);
   return w & 0x80000000u ? ~w : w | 0x80000000u;
 }
+KOGC_DEVICE float unordered(u32 v) { return as_float(v & 0x80000000u ? v & 0x7fffffffu : ~v); }
 
 // Element i of a sequence of dummy weights, uniform in (-1, 1): the same on every target.
 KOGC_DEVICE u32 hash(u32 seed, u64 i) {

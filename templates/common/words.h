@@ -7,8 +7,10 @@ struct BlockWords {
   float warp_sums[16];   // a norm's sums, one a warp
   u64 warp_keys[16];     // the choice's keys, one a warp
   i32 stop, chosen;      // whether the host asks to stop; the token chosen last
+  u32 searches;          // rounds of searches for a threshold in this launch, and those of each level
+  u32 level_searches[3];
   Work work[HEAD + 1];   // this block's share of each phase: read, it costs a tenth of what deriving it costs
-  i32 unused[6];        // what consumers and producer share lies in a line of its own
+  i32 unused[2];         // what consumers and producer share lies in a line of its own
   volatile i32 finished;    // the generation has ended
   volatile i32 exchanging;  // the consumers wait for other blocks: polls queue behind copies, so fewer are kept in flight
   u32 attended;          // layers, over all steps, whose new key and value are in the cache
@@ -25,6 +27,7 @@ template <class P> KOGC_DEVICE void init_words() {
   w.finished = 0;
   w.exchanging = 0;
   w.attended = w.waited = w.events = 0;
+  w.searches = w.level_searches[0] = w.level_searches[1] = w.level_searches[2] = 0;
 }
 
 }  // namespace kogc

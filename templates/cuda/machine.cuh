@@ -41,6 +41,12 @@ KOGC_DEVICE void sync_block() { __syncthreads(); }
 KOGC_DEVICE void sync_warp() { __syncwarp(); }
 template <class T> KOGC_DEVICE T shuffle_xor(T v, int mask) { return __shfl_xor_sync(~0u, v, mask); }
 
+// Two additions of 32 bits and the carry between them: one of 64 bits would be a loop of compare and swap.
+KOGC_DEVICE void add_shared(u64* p, u64 v) {
+  const u32 low = (u32)v, high = (u32)(v >> 32) + (atomicAdd((u32*)p, low) > ~low);
+  if (high) atomicAdd((u32*)p + 1, high);
+}
+
 // --- words that carry their own readiness: relaxed, device scope -----------------------------------------------------
 struct alignas(16) Words { u32 x, y, z, w; };
 

@@ -32,9 +32,8 @@ template <class P> class MatVec {
     free_ = stream.slot;
     taken_ = freed_ = 0;
     full_ = false;
-    position_ = warp();
     first_ = {};  // else what it held would be kept through the phase before
-    if (units_ > 0) load_weights(first_, stream, where);
+    if (warp() < units_ * groups_) load_weights(first_, stream, where);
   }
 
   // y = W x for this block's rows. `multiplied()` runs on every thread, between the products and the first result;
@@ -46,7 +45,7 @@ template <class P> class MatVec {
       const int count = units_ - first < P::PARTIAL_UNITS ? units_ - first : P::PARTIAL_UNITS;
       if (first) {
         sync();
-        if (position_ < count * groups_) load_weights(first_, stream, where);
+        if (warp() < count * groups_) load_weights(first_, stream, where);
       }
       multiply(count, stream, where);
       if (first + count == units_) finish(stream, where);
@@ -65,17 +64,23 @@ template <class P> class MatVec {
   static constexpr int GROUP = P::GROUP_FRAGMENTS;
   static constexpr int STAGE_GROUPS = P::STAGE_BYTES / (512 * GROUP * WARPS);  // groups of one warp in a stage
   static constexpr int CHAINS = 2;                                            // of dependent products
+  // Whether a unit may have fewer groups than there are warps: then not all of them add to each unit.
+  template <class M> static constexpr bool FEW = M::COLUMNS_PADDED * M::UNIT / (256 * GROUP) < WARPS;
+  static constexpr bool FEW_GROUPS =
+      FEW<typename P::Qkv> || FEW<typename P::O> || FEW<typename P::GateUp> || FEW<typename P::Down> || FEW<typename P::Head>;
   struct Weights { Words of[GROUP]; };
   struct Activation { Quad of[GROUP]; };
 
   // Products of this warp's groups of `units` more units, whose first weights are loaded; their partial sums go to shared
   // memory. What a group needs is on its way from shared memory while the group before is multiplied.
   KOGC_DEVICE void multiply(int units, Stream<P>& stream, const Where& where) {
-    int left = (units * groups_ - position_ + WARPS - 1) / WARPS;
+    int left = (units * groups_ - warp() + WARPS - 1) / WARPS;
     if (left <= 0) return;
     float c[CHAINS][4] = {};
     float* sums = partial_sums<P>() + warp() * 8;
-    int at = position_;
+    int at = warp();
+    while (FEW_GROUPS && at >= groups_) next_unit(at, sums);
+    position_ = at;
     Weights &even = first_, odd;
     Activation x, next;
     // Columns of B that hold nothing get what lies there: they do not mix with the others.
@@ -120,16 +125,21 @@ template <class P> class MatVec {
     const int unit = unit_ == 8 ? row / 8 : row / 4;
     const char* from = (const char*)(partial_sums<P>() + unit * (8 * WARPS) + (row - unit * unit_));
     KOGC_UNROLL for (int e = 0; e < ROWS_TOGETHER; e++) y[e] = 0;
-    KOGC_UNROLL for (int w = 0; w < WARPS; w++) add(y, from + w * 32);
-    if (unit_ == 4) KOGC_UNROLL for (int w = 0; w < WARPS; w++) add(y, from + w * 32 + 16);
+    KOGC_UNROLL for (int w = 0; w < WARPS; w++) add(y, from + w * 32, took_part(w, unit));
+    if (unit_ == 4) KOGC_UNROLL for (int w = 0; w < WARPS; w++) add(y, from + w * 32 + 16, took_part(w, unit));
   }
+  KOGC_DEVICE bool took_part(int warp, int unit) const { return !FEW_GROUPS || ((warp - unit * groups_) & (WARPS - 1)) < groups_; }
 
-  static KOGC_DEVICE void add(float (&y)[ROWS_TOGETHER], const char* four) {
+  static KOGC_DEVICE void add(float (&y)[ROWS_TOGETHER], const char* four, bool holds) {
     const Words w = *(const Words*)four;
-    y[0] += as_float(w.x);
-    y[1] += as_float(w.y);
-    y[2] += as_float(w.z);
-    y[3] += as_float(w.w);
+    y[0] += holds ? as_float(w.x) : 0;
+    y[1] += holds ? as_float(w.y) : 0;
+    y[2] += holds ? as_float(w.z) : 0;
+    y[3] += holds ? as_float(w.w) : 0;
+  }
+  KOGC_DEVICE void next_unit(int& position, float*& sums) const {
+    position -= groups_;
+    sums += WARPS * 8;
   }
 
   KOGC_DEVICE void load_weights(Weights& w, Stream<P>& stream, const Where& where) {
@@ -149,6 +159,7 @@ template <class P> class MatVec {
     KOGC_UNROLL for (int i = 0; i < GROUP; i++) x.of[i] = *(const Quad*)(from + i * fragment);
     position_ += WARPS;
     if (position_ >= groups_) position_ -= groups_;
+    while (FEW_GROUPS && position_ >= groups_) position_ -= groups_;
   }
 
   // Multiplies a group, gives its stage back when it was this warp's last there, and stores the sums at a unit's end.
@@ -160,9 +171,9 @@ template <class P> class MatVec {
     release(STAGE_GROUPS);
     position += WARPS;
     if (position < groups_) return;
-    position -= groups_;
     if ((lane() & 3) == (unit_ == 8 ? 0 : lane() >> 4)) sums[lane() >> 2] = (c[0][0] + c[0][3]) + (c[1][0] + c[1][3]);
-    sums += WARPS * 8;
+    next_unit(position, sums);
+    while (FEW_GROUPS && position >= groups_) next_unit(position, sums);
     KOGC_UNROLL for (int i = 0; i < CHAINS; i++) KOGC_UNROLL for (int j = 0; j < 4; j++) c[i][j] = 0;
   }
 

@@ -45,6 +45,11 @@ template <class T> KOGC_DEVICE T shuffle_xor(T v, int mask) {
   return v;
 }
 template <class T> KOGC_DEVICE T* opaque(T* p) { return p; }
+KOGC_DEVICE void add_shared(u64* p, u64 v) {
+  if (!emulated::in_shared(p, 8)) emulated::violation("an addition outside of shared memory");
+  emulated::maybe_yield();
+  *p += v;  // seen by other threads as a whole, which two additions on a GPU are not: they read it after a barrier
+}
 
 // --- words that carry their own readiness: relaxed, device scope -----------------------------------------------------
 struct alignas(16) Words { u32 x, y, z, w; };
