@@ -37,7 +37,7 @@ template <class P> class AttentionCore {
     const Words* from = fragments(stream);
     KOGC_UNROLL for (int s = 0; s < STEPS; s++) k_[s] = from[s * 32];
   }
-  KOGC_DEVICE void multiply(Stream<P>& stream, const u16*, int chunk, int lowest, int position) {
+  KOGC_DEVICE void take_chunk(Stream<P>& stream, const u16*, int chunk, int lowest, int position) {
     const int base = chunk * CHUNK + warp() * 16;
     if (base <= position && base + 15 >= lowest) {
       const Words* from = fragments(stream) + STEPS * 32;

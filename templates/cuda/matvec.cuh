@@ -48,7 +48,6 @@ template <class P> class MatVec {
         if (warp() < count * groups_) load_weights(first_, stream, where);
       }
       multiply(count, stream, where);
-      if (first + count == units_) finish(stream, where);
       sync();
       if (first == 0) multiplied();
 #pragma unroll 1
@@ -58,6 +57,7 @@ template <class P> class MatVec {
         result(first * unit_ + row, y);
       }
     }
+    if (units_ > 0) finish(stream, where);  // after the results: nobody waits for this
   }
 
  private:
