@@ -41,8 +41,9 @@ struct Plan {
   static constexpr float NORM_EPS = 1e-05f;
   static constexpr float INVERSE_SQRT_HEAD_DIM = 0.125f;
   static KOGC_DEVICE int window(int layer) { return 0; }
+  static constexpr int TOKENS = 1;  // of a pass
   // partition
-  static constexpr int BLOCKS = 128, SPLITS = 16, GATHER_SPLITS = 1, TURN = 1;
+  static constexpr int BLOCKS = 128, SPLITS = 16, GATHER_SPLITS = 2, TURN = 1;
   static constexpr int HEAD_TILES = 1, HEADS_PER_BLOCK = 4;
   static constexpr int MAX_CONTEXT = 131072, CHUNKS = 1024;
   static constexpr int HIDDEN_PADDED = 2048;

@@ -268,7 +268,7 @@ def test_stall_is_reported(tmp_path: Path) -> None:
     changes = {step: "if (block() == 1 && step == 2) break;\n" + step, limit: "SPIN_LIMIT = 20000000ull"}
     headers = {k: _replaced(text, changes) for k, text in rendered.headers.items()}
     with open_small(plan, dataclasses.replace(rendered, headers=headers), tmp_path) as runtime:
-        with pytest.raises(KogcError, match="stalled.*'qkv' in layer 0, step 2"):
+        with pytest.raises(KogcError, match="stalled.*'(qkv|partial attention)' in layer 0, step 2"):
             runtime.run(Request((1, 2, 3, 4), max_new=4))
         assert runtime.words.report[0] == 1
         assert len(runtime.run(Request((1, 2))).tokens) == 0  # two steps are fine

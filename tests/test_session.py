@@ -203,7 +203,7 @@ def test_sampling_reaches_the_kernel(machine: Machine, toy: Session) -> None:
     sampled, greedy, seedless = machine.kernel.launches
     assert (sampled.choice, sampled.top_k, sampled.seed) == (1 | 2 | 8, 9, 1 << 40)
     assert sampled.bias == [(3, 0.5), (100, -2.0)]
-    assert (greedy.choice, greedy.bias, greedy.history) == (0, [], [])
+    assert (greedy.choice, greedy.bias, greedy.history) == (0, [], [5])  # the cache held the prompt's first token
     assert (seedless.choice, seedless.prompt, seedless.history) == (1 | 4, [8], [5, 6, 7])
     assert seedless.seed > 0
     with pytest.raises(ValueError, match="a history of 2 tokens before position 1"):

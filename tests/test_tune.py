@@ -16,7 +16,7 @@ from builds import kogc_cli, one_line
 from kogc import tune, tuned
 from kogc.build import prepare
 from kogc.errors import KogcError
-from kogc.plan.plan import Knobs
+from kogc.plan.plan import Knobs, default_knobs
 from kogc.profile import load_profile
 from kogc.spec import load_spec
 from kogc.targets.detect import detect_cpu_profile
@@ -163,8 +163,9 @@ def test_builds_take_the_file_up(shipped: Path) -> None:
     assert tuned.knobs_for(SPEC, H200) == plan.knobs
     assert prepare("qwen3-0.6b", "h200-sxm", 512, blocks=132).plan.knobs == plan.knobs
     # but not for other blocks, another shape, or when knobs are given
-    assert prepare("qwen3-0.6b", "h200-sxm", 512, blocks=128).plan.knobs == Knobs()
-    assert prepare("llama-3.2-1b", "h200-sxm", 512).plan.knobs == Knobs()
+    for name, blocks in (("qwen3-0.6b", 128), ("llama-3.2-1b", None)):
+        plan = prepare(name, "h200-sxm", 512, blocks=blocks).plan
+        assert plan.knobs == default_knobs(plan)
     given = prepare("qwen3-0.6b", "h200-sxm", 512, knobs=Knobs(pace=1)).plan
     assert (given.blocks, given.knobs) == (128, Knobs(pace=1))
 

@@ -208,13 +208,15 @@ def default_knobs(plan: Plan) -> Knobs:
     """Knobs for a model that nobody has tuned: the more a block streams a layer, the more it may have in flight.
 
     Exchanges wait behind copies, and cost a small layer a larger share of its time. Measured on an H200, the best
-    number of stages grows by one where the bytes of a layer double: 1 at 240 KiB a block, 3 at 1 MiB, 5 at 3.4 MiB.
+    number of stages grows by one where the bytes of a layer double: 1 at 240 KiB a block, 3 at 1 MiB, 5 at 3.4 MiB;
+    and two splits of attention are better gathered than combined while layers are small.
     """
     if plan.target != "cuda":
         return plan.knobs
     in_flight = round(1 + math.log2(max(plan.layer_bytes(block) for block in range(plan.blocks)) / SMALL_LAYER))
     in_flight = max(1, min(MOST_IN_FLIGHT, in_flight, plan.memory.stages - 1))
-    return replace(plan.knobs, in_flight=in_flight, in_flight_exchange=min(2, in_flight))
+    gather_splits = 2 if in_flight <= 3 else 1
+    return replace(plan.knobs, in_flight=in_flight, in_flight_exchange=min(2, in_flight), gather_splits=gather_splits)
 
 
 def _context_that_fits(plan: Plan) -> int:

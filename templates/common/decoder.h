@@ -18,6 +18,8 @@ template <class P> struct Generation {
 template <class P> KOGC_DEVICE int phase_at(int i) { return i < P::LAYERS * LAYER_PHASES ? i % LAYER_PHASES : HEAD; }
 
 template <class P> class Decoder {
+  static_assert(P::TOKENS == 1, "attention and the choice take one token a pass");
+
  public:
   KOGC_DEVICE Decoder(const KernelArgs& args, Stream<P>& stream) : args_(args), stream_(stream), where_{args, 0, 0} {}
 
@@ -93,12 +95,12 @@ template <class P> class Decoder {
     Quad early = {};  // the bias of this thread's first rows, on its way before it is needed
     if (P::QKV_BIAS && phase_ == QKV && mine < work.rows) early = *(const Quad*)(bias + mine);
     const auto multiplied = [&] { mark(products_mark()); };
-    products_.run(stream_, where_, multiplied, [&](int i, const float (&sums)[ROWS_TOGETHER]) {
+    products_.run(stream_, where_, multiplied, [&](int i, const float (&sums)[P::TOKENS][ROWS_TOGETHER]) {
       const int row = work.first + i;
       if (row >= work.rows) return;
       const float scale = normalised ? Residual<P>::scale() : PAIRS && phase_ == DOWN ? PAIR_UNSCALE : 1.0f;
       float y[ROWS_TOGETHER];
-      KOGC_UNROLL for (int e = 0; e < ROWS_TOGETHER; e++) y[e] = sums[e] * scale;
+      KOGC_UNROLL for (int e = 0; e < ROWS_TOGETHER; e++) y[e] = sums[0][e] * scale;
       if (phase_ == GATE_UP) {  // rows alternate: gate 0, up 0, gate 1, up 1, ...
         const float a = silu(y[0]) * y[1], b = silu(y[2]) * y[3];
         if constexpr (PAIRS) {

@@ -75,7 +75,7 @@ template <class P> class MatVec {
       float y[8];
       if (work_.unit == 8) multiply_unit<P, 8>(stream.at, activation<P>(), work_.columns, y);
       else multiply_unit<P, 4>(stream.at, activation<P>(), work_.columns, y);
-      for (int r = 0; r < work_.unit; r += ROWS_TOGETHER) result(unit * work_.unit + r, (const float(&)[ROWS_TOGETHER])y[r]);
+      for (int r = 0; r < work_.unit; r += ROWS_TOGETHER) result(unit * work_.unit + r, (const float(&)[1][ROWS_TOGETHER])y[r]);
     }
     read_next(stream.at);
   }

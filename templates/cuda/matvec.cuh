@@ -7,13 +7,25 @@
 // kind, column 1 for the second, so a row's product is C[row][0] + C[row + 8][1]. In units of 4 rows a fragment's upper
 // four rows are the same rows for the next 32 columns, and B's columns 2 and 3 hold the activation for those.
 //
+// The other columns of B are free: P::TOKENS activations go through one reading of the weights, four to an mma, or two
+// where some phase has units of 4 rows.
+//
 // One instance serves all phases; what differs between them is in a few registers.
 #pragma once
 
 namespace kogc {
 
+// What a pass of several tokens asks of shared memory.
+template <class P> struct Pass {
+  static constexpr int QKV_OR_O = P::Qkv::COLUMNS_PADDED > P::O::COLUMNS_PADDED ? P::Qkv::COLUMNS_PADDED : P::O::COLUMNS_PADDED;
+  static constexpr int FFN = P::GateUp::COLUMNS_PADDED > P::Down::COLUMNS_PADDED ? P::GateUp::COLUMNS_PADDED : P::Down::COLUMNS_PADDED;
+  static constexpr int ACTIVATION_BYTES = 2 * (QKV_OR_O > FFN ? QKV_OR_O : FFN);  // of a token; the head's are as QKV's
+};
+
 template <class P> KOGC_DEVICE float* partial_sums() { return (float*)(shared() + P::PARTIAL_OFFSET); }
-template <class P> KOGC_DEVICE u16* activation() { return (u16*)(shared() + P::ACTIVATION_OFFSET); }
+template <class P> KOGC_DEVICE u16* activation(int token = 0) {
+  return (u16*)(shared() + P::ACTIVATION_OFFSET + token * Pass<P>::ACTIVATION_BYTES);
+}
 
 // Four columns of the activation, from column 4 * `vector` on. Of eight columns, 0, 1, 4, 5 lie before 2, 3, 6, 7.
 KOGC_DEVICE void store_activation(u16* x, int vector, Quad q) {
@@ -37,7 +49,7 @@ template <class P> class MatVec {
   }
 
   // y = W x for this block's rows. `multiplied()` runs on every thread, between the products and the first result;
-  // `result(i, y)` gets the block's rows i .. i + 3.
+  // `result(i, y)` gets the block's rows i .. i + 3 of each token.
   template <class Multiplied, class Result>
   KOGC_DEVICE void run(Stream<P>& stream, const Where& where, Multiplied multiplied, Result result) {
 #pragma unroll 1
@@ -52,8 +64,8 @@ template <class P> class MatVec {
       if (first == 0) multiplied();
 #pragma unroll 1
       for (int row = ROWS_TOGETHER * thread(); row < count * unit_; row += ROWS_TOGETHER * THREADS) {
-        float y[ROWS_TOGETHER];
-        add_up(row, y);
+        float y[TOKENS][ROWS_TOGETHER];
+        KOGC_UNROLL for (int token = 0; token < TOKENS; token++) add_up(token, row, y[token]);
         result(first * unit_ + row, y);
       }
     }
@@ -61,6 +73,9 @@ template <class P> class MatVec {
   }
 
  private:
+  static constexpr int TOKENS = P::TOKENS;
+  static constexpr bool ALL_EIGHT = P::Qkv::UNIT == 8 && P::O::UNIT == 8 && P::GateUp::UNIT == 8 && P::Down::UNIT == 8 && P::Head::UNIT == 8;
+  static constexpr int PER_TILE = ALL_EIGHT ? 4 : 2, TILES = (TOKENS + PER_TILE - 1) / PER_TILE;  // tokens of an mma
   static constexpr int GROUP = P::GROUP_FRAGMENTS;
   static constexpr int STAGE_GROUPS = P::STAGE_BYTES / (512 * GROUP * WARPS);  // groups of one warp in a stage
   static constexpr int CHAINS = 2;                                            // of dependent products
@@ -69,15 +84,16 @@ template <class P> class MatVec {
   static constexpr bool FEW_GROUPS =
       FEW<typename P::Qkv> || FEW<typename P::O> || FEW<typename P::GateUp> || FEW<typename P::Down> || FEW<typename P::Head>;
   struct Weights { Words of[GROUP]; };
-  struct Activation { Quad of[GROUP]; };
+  struct Activation { Quad of[TILES][GROUP]; };
+  using Sums = float[TILES][CHAINS][4];
 
   // Products of this warp's groups of `units` more units, whose first weights are loaded; their partial sums go to shared
   // memory. What a group needs is on its way from shared memory while the group before is multiplied.
   KOGC_DEVICE void multiply(int units, Stream<P>& stream, const Where& where) {
     int left = (units * groups_ - warp() + WARPS - 1) / WARPS;
     if (left <= 0) return;
-    float c[CHAINS][4] = {};
-    float* sums = partial_sums<P>() + warp() * 8;
+    Sums c = {};
+    float* sums = partial_sums<P>() + warp() * (8 * TOKENS);
     int at = warp();
     while (FEW_GROUPS && at >= groups_) next_unit(at, sums);
     position_ = at;
@@ -86,6 +102,7 @@ template <class P> class MatVec {
     // Columns of B that hold nothing get what lies there: they do not mix with the others.
     const int column = lane() >> 2;
     x_ = P::ACTIVATION_OFFSET + (unit_ == 8 ? 0 : column / 2 % 2 * 64) + (lane() & 3) * 16 + column % 2 * 8;
+    if constexpr (TOKENS > 1) x_ += (unit_ == 8 ? column / 2 : column / 4) % PER_TILE * Pass<P>::ACTIVATION_BYTES;
     load_x(x);
 #pragma unroll 1
     while (left > 2) {
@@ -121,12 +138,13 @@ template <class P> class MatVec {
   }
 
   // The sums of rows `row` .. + 3 of the units multiplied last.
-  KOGC_DEVICE void add_up(int row, float (&y)[ROWS_TOGETHER]) const {
+  KOGC_DEVICE void add_up(int token, int row, float (&y)[ROWS_TOGETHER]) const {
+    constexpr int BYTES = 32 * TOKENS;  // of a warp
     const int unit = unit_ == 8 ? row / 8 : row / 4;
-    const char* from = (const char*)(partial_sums<P>() + unit * (8 * WARPS) + (row - unit * unit_));
+    const char* from = (const char*)(partial_sums<P>() + unit * (8 * TOKENS * WARPS) + token * 8 + (row - unit * unit_));
     KOGC_UNROLL for (int e = 0; e < ROWS_TOGETHER; e++) y[e] = 0;
-    KOGC_UNROLL for (int w = 0; w < WARPS; w++) add(y, from + w * 32, took_part(w, unit));
-    if (unit_ == 4) KOGC_UNROLL for (int w = 0; w < WARPS; w++) add(y, from + w * 32 + 16, took_part(w, unit));
+    KOGC_UNROLL for (int w = 0; w < WARPS; w++) add(y, from + w * BYTES, took_part(w, unit));
+    if (unit_ == 4) KOGC_UNROLL for (int w = 0; w < WARPS; w++) add(y, from + w * BYTES + 16, took_part(w, unit));
   }
   KOGC_DEVICE bool took_part(int warp, int unit) const { return !FEW_GROUPS || ((warp - unit * groups_) & (WARPS - 1)) < groups_; }
 
@@ -139,7 +157,7 @@ template <class P> class MatVec {
   }
   KOGC_DEVICE void next_unit(int& position, float*& sums) const {
     position -= groups_;
-    sums += WARPS * 8;
+    sums += WARPS * 8 * TOKENS;
   }
 
   KOGC_DEVICE void load_weights(Weights& w, Stream<P>& stream, const Where& where) {
@@ -156,25 +174,39 @@ template <class P> class MatVec {
   KOGC_DEVICE void load_x(Activation& x) {
     const int fragment = unit_ == 8 ? 64 : 128;  // bytes of the activation that a fragment meets
     const char* from = shared() + x_ + position_ * GROUP * fragment;
-    KOGC_UNROLL for (int i = 0; i < GROUP; i++) x.of[i] = *(const Quad*)(from + i * fragment);
+    KOGC_UNROLL for (int j = 0; j < TILES; j++) KOGC_UNROLL for (int i = 0; i < GROUP; i++)
+      x.of[j][i] = *(const Quad*)(from + j * (PER_TILE * Pass<P>::ACTIVATION_BYTES) + i * fragment);
     position_ += WARPS;
     if (position_ >= groups_) position_ -= groups_;
     while (FEW_GROUPS && position_ >= groups_) position_ -= groups_;
   }
 
   // Multiplies a group, gives its stage back when it was this warp's last there, and stores the sums at a unit's end.
-  KOGC_DEVICE void multiply(float (&c)[CHAINS][4], const Weights& weights, const Activation& x, float*& sums, int& position) {
+  KOGC_DEVICE void multiply(Sums& c, const Weights& weights, const Activation& x, float*& sums, int& position) {
     KOGC_UNROLL for (int i = 0; i < GROUP; i++) {
       const Words& w = weights.of[i];
-      mma<P::FP16>(c[i % CHAINS], w.x, w.y, w.z, w.w, x.of[i].low, x.of[i].high);
+      KOGC_UNROLL for (int j = 0; j < TILES; j++) mma<P::FP16>(c[j][i % CHAINS], w.x, w.y, w.z, w.w, x.of[j][i].low, x.of[j][i].high);
     }
     release(STAGE_GROUPS);
     position += WARPS;
     if (position < groups_) return;
-    if ((lane() & 3) == (unit_ == 8 ? 0 : lane() >> 4)) sums[lane() >> 2] = (c[0][0] + c[0][3]) + (c[1][0] + c[1][3]);
+    store(c, sums);
     next_unit(position, sums);
     while (FEW_GROUPS && position >= groups_) next_unit(position, sums);
-    KOGC_UNROLL for (int i = 0; i < CHAINS; i++) KOGC_UNROLL for (int j = 0; j < 4; j++) c[i][j] = 0;
+    KOGC_UNROLL for (int j = 0; j < TILES; j++) KOGC_UNROLL for (int i = 0; i < CHAINS; i++) KOGC_UNROLL for (int e = 0; e < 4; e++) c[j][i][e] = 0;
+  }
+
+  // C's columns belong to tokens as B's do, two to a lane; in units of 4 rows the lower four rows of C need its even lanes.
+  static KOGC_DEVICE float sum(const float (&c)[CHAINS][4]) { return (c[0][0] + c[0][3]) + (c[1][0] + c[1][3]); }
+  KOGC_DEVICE void store(const Sums& c, float* sums) const {
+    if constexpr (TOKENS == 1) {
+      if ((lane() & 3) == (unit_ == 8 ? 0 : lane() >> 4)) sums[lane() >> 2] = sum(c[0]);
+    } else {
+      const int token = unit_ == 8 ? lane() & 3 : (lane() & 3) / 2;
+      if (token >= PER_TILE || (unit_ == 4 && (lane() & 1) != lane() >> 4)) return;
+      KOGC_UNROLL for (int j = 0; j < TILES; j++)
+        if (j * PER_TILE + token < TOKENS) sums[(j * PER_TILE + token) * 8 + (lane() >> 2)] = sum(c[j]);
+    }
   }
 
   // One more group of the oldest stage is read; when it was the last of `groups`, this warp gives the stage back.
