@@ -27,7 +27,7 @@ template <class P> struct Span {
   static KOGC_DEVICE int owner(int position) { return position / POSITIONS % P::SPLITS; }
 };
 
-// The attention units that a block takes part in: first_unit(), then every UNIT_STRIDE-th of UNITS.
+// The attention units that a block takes part in: first(), then every STRIDE-th of COUNT; of each the same split.
 template <class P> struct Units {
   static constexpr int COUNT = P::KV_HEADS * P::HEAD_TILES, STRIDE = P::BLOCKS / P::SPLITS;
   static KOGC_DEVICE int first() { return block() / P::SPLITS; }
