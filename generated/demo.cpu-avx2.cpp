@@ -18,6 +18,7 @@
 #include "common/choice.h"
 #include "common/logprobs.h"
 #include "common/threshold.h"
+#include "common/shortlist.h"
 #include "common/sampling.h"
 #include "common/decoder.h"
 #include "cpu/kernels.hpp"
@@ -68,7 +69,8 @@ struct Plan {
     static constexpr int BASE = 64, REMAINDER = 0, ROTATION = 0;
   };
   // exchange buffer, bytes
-  static constexpr int X_QKV = 0, X_PARTIAL = 1280, X_ATTENTION = 4608, X_O = 5376, X_HIDDEN = 6144, X_DOWN = 7168, X_KEYS = 7936, X_MAXIMA = 8064, X_HISTOGRAM = 8192, X_TOTALS = 40960, X_CANDIDATES = 65536, X_LOGITS = 66304, X_SCORES = 74496, X_SEEN = 82688;
+  static constexpr int X_QKV = 0, X_PARTIAL = 1280, X_ATTENTION = 4608, X_O = 5376, X_HIDDEN = 6144, X_DOWN = 7168, X_KEYS = 7936, X_MAXIMA = 8064, X_SHORTLIST = 8192, X_HISTOGRAM = 9216, X_TOTALS = 41984, X_CANDIDATES = 66560, X_LOGITS = 67328, X_SCORES = 75520, X_SEEN = 83712;
+  static constexpr int ROWS_LISTED = 32;  // of each block, for a choice among few rows
   static constexpr int SAMPLING_BYTES = 8704;  // of the scratch memory
   static constexpr unsigned long long SLAB_BYTES = 1196032ull;
   static constexpr int TRACE_EVENTS = 0;

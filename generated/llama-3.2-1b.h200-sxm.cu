@@ -18,6 +18,7 @@
 #include "common/choice.h"
 #include "common/logprobs.h"
 #include "common/threshold.h"
+#include "common/shortlist.h"
 #include "common/sampling.h"
 #include "common/decoder.h"
 #include "cuda/kernels.cuh"
@@ -68,7 +69,8 @@ struct Plan {
     static constexpr int BASE = 125, REMAINDER = 32, ROTATION = 0;
   };
   // exchange buffer, bytes
-  static constexpr int X_QKV = 0, X_PARTIAL = 12288, X_ATTENTION = 151552, X_O = 159744, X_HIDDEN = 167936, X_DOWN = 200704, X_KEYS = 208896, X_MAXIMA = 209920, X_HISTOGRAM = 210944, X_TOTALS = 1259520, X_CANDIDATES = 1284096, X_LOGITS = 1306624, X_SCORES = 1819648, X_SEEN = 2332672;
+  static constexpr int X_QKV = 0, X_PARTIAL = 12288, X_ATTENTION = 151552, X_O = 159744, X_HIDDEN = 167936, X_DOWN = 200704, X_KEYS = 208896, X_MAXIMA = 209920, X_SHORTLIST = 210944, X_HISTOGRAM = 227328, X_TOTALS = 1275904, X_CANDIDATES = 1300480, X_LOGITS = 1323008, X_SCORES = 1836032, X_SEEN = 2349056;
+  static constexpr int ROWS_LISTED = 16;  // of each block, for a choice among few rows
   static constexpr int SAMPLING_BYTES = 8704;  // of the scratch memory
   static constexpr unsigned long long SLAB_BYTES = 19333120ull;
   static constexpr int TRACE_EVENTS = 0;

@@ -18,6 +18,7 @@
 #include "common/choice.h"
 #include "common/logprobs.h"
 #include "common/threshold.h"
+#include "common/shortlist.h"
 #include "common/sampling.h"
 #include "common/decoder.h"
 #include "cuda/kernels.cuh"
@@ -68,7 +69,8 @@ struct Plan {
     static constexpr int BASE = 148, REMAINDER = 48, ROTATION = 0;
   };
   // exchange buffer, bytes
-  static constexpr int X_QKV = 0, X_PARTIAL = 16384, X_ATTENTION = 151552, X_O = 159744, X_HIDDEN = 163840, X_DOWN = 176128, X_KEYS = 180224, X_MAXIMA = 181248, X_HISTOGRAM = 182272, X_TOTALS = 1230848, X_CANDIDATES = 1255424, X_LOGITS = 1277952, X_SCORES = 1885696, X_SEEN = 2493440;
+  static constexpr int X_QKV = 0, X_PARTIAL = 16384, X_ATTENTION = 151552, X_O = 159744, X_HIDDEN = 163840, X_DOWN = 176128, X_KEYS = 180224, X_MAXIMA = 181248, X_SHORTLIST = 182272, X_HISTOGRAM = 198656, X_TOTALS = 1247232, X_CANDIDATES = 1271808, X_LOGITS = 1294336, X_SCORES = 1902080, X_SEEN = 2509824;
+  static constexpr int ROWS_LISTED = 16;  // of each block, for a choice among few rows
   static constexpr int SAMPLING_BYTES = 8704;  // of the scratch memory
   static constexpr unsigned long long SLAB_BYTES = 9322496ull;
   static constexpr int TRACE_EVENTS = 0;

@@ -7,6 +7,7 @@ from math import sqrt
 
 import jinja2
 
+from .plan.exchange import rows_listed
 from .plan.plan import Plan
 from .plan.shared_memory import PARTIAL_UNITS, SAMPLING_BYTES
 from .resources import data_dir
@@ -18,14 +19,14 @@ HEADERS = {
         "common/exchange.h", "common/partition.h", "common/cache.h", "common/words.h", "common/trace.h",
         "cuda/stream.cuh", "cuda/matvec.cuh", "common/residual.h", "cuda/attention.cuh",
         "common/attention.h", "common/splits.h", "common/random.h", "common/choice.h", "common/logprobs.h",
-        "common/threshold.h", "common/sampling.h", "common/decoder.h", "cuda/kernels.cuh",
+        "common/threshold.h", "common/shortlist.h", "common/sampling.h", "common/decoder.h", "cuda/kernels.cuh",
     ),
     "cpu": (
         "common/args.h", "cpu/machine.hpp", "common/spin.h", "common/numbers.h",
         "common/exchange.h", "common/partition.h", "common/cache.h", "common/words.h", "common/trace.h",
         "cpu/stream.hpp", "cpu/matvec.hpp", "common/residual.h", "cpu/attention.hpp",
         "common/attention.h", "common/splits.h", "common/random.h", "common/choice.h", "common/logprobs.h",
-        "common/threshold.h", "common/sampling.h", "common/decoder.h", "cpu/kernels.hpp",
+        "common/threshold.h", "common/shortlist.h", "common/sampling.h", "common/decoder.h", "cpu/kernels.hpp",
     ),
 }  # fmt: skip
 SUFFIX = {"cuda": "cu", "cpu": "cpp"}
@@ -58,6 +59,7 @@ def render(plan: Plan) -> Rendered:
         gather_splits=min(plan.knobs.gather_splits, plan.splits),
         partial_units=PARTIAL_UNITS,
         sampling_bytes=SAMPLING_BYTES,
+        rows_listed=rows_listed(plan.blocks),
         phases=[("".join(word.capitalize() for word in p.name.split("_")), p) for p in plan.phases],
     )
     headers = {name: (data_dir("templates") / name).read_text() for name in files}

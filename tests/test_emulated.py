@@ -100,13 +100,13 @@ CASES = {
     "planted": Case("llama", 5, TINY, stages=3, tokens=4, knobs={"stage_bytes": 8192}),
     # So many rows in a block that several threads meet each, and bins of a search hold several.
     "sampled": Case("llama", 3, {**TINY, "num_hidden_layers": 1, "vocab_size": 1103}, tokens=4),
+    # Lists shorter than a top-k, of blocks that have more rows; all of them are more than a block has threads.
+    "listed": Case("llama", 18, {**TINY, "num_hidden_layers": 1, "vocab_size": 1103}, tokens=4),
     # Splits that combine while gathering, then in a step of its own; a later chunk while an earlier one is used.
     "combine": Case("llama", 8, SMALL, tokens=262, knobs={"gather_splits": 1}),
     "gather-two": Case("qwen3", 4, SMALL, tokens=270, knobs={"gather_splits": 2}),
     # Two chunks a turn, so that a split meets both sides of a turn's end.
-    "turns": Case(
-        "llama", 4, {**SMALL, "max_position_embeddings": 1024}, tokens=660, knobs={"turn": 2}, seeds=(1,)
-    ),
+    "turns": Case("llama", 4, {**SMALL, "max_position_embeddings": 1024}, tokens=660, knobs={"turn": 2}, seeds=(1,)),
     "widest-head": Case(
         "qwen3",
         2,
@@ -168,6 +168,17 @@ def planned(name: str) -> tuple[Plan, Path]:
 def emulated(name: str) -> tuple[Emulated, Path]:
     plan, checkpoint = planned(name)
     return Emulated(plan, checkpoint), checkpoint
+
+
+def patched(case: str, file: str, old: str, new: str) -> Emulated:
+    """A case's kernel with one text in one of its headers replaced."""
+    plan, checkpoint = planned(case)
+
+    def patch(headers: dict[str, str]) -> dict[str, str]:
+        assert old in headers[file], f"{file} has changed: plant the bug anew"
+        return {**headers, file: headers[file].replace(old, new)}
+
+    return Emulated(plan, checkpoint, patch)
 
 
 def prompt(vocab: int, n: int) -> list[int]:
@@ -256,6 +267,9 @@ SAMPLED = {
         logit_bias=((7, 9.0), (30, -2.0)), seed=8, logprobs=4,
     ),
     "wide": Sampling(temperature=40.0, top_k=900, top_p=0.5, seed=9),
+    # The best rows lie in one block, more than it lists.
+    "crowded": Sampling(temperature=4.0, top_k=50, logit_bias=tuple((t, 30.0) for t in range(4, 58)), seed=10),
+    "frozen": Sampling(temperature=0.01, top_k=40, top_p=0.9, seed=11),
     "greedy": Sampling(temperature=0, repetition_penalty=0.2, frequency_penalty=1.0, logprobs=0),
 }  # fmt: skip
 
@@ -279,21 +293,50 @@ def sampled_as_the_reference(model: Emulated, sampling: Sampling, order: int) ->
 
 
 @pytest.mark.parametrize("name", SAMPLED)
-@pytest.mark.parametrize("case", ["sampled", "more-blocks-than-units", "one-block"])
+@pytest.mark.parametrize("case", ["sampled", "listed", "more-blocks-than-units", "one-block"])
 def test_sampled_tokens_are_those_of_the_reference(case: str, name: str) -> None:
     for order in (1, 2):
         sampled_as_the_reference(emulated(case)[0], SAMPLED[name], order)
 
 
+LIST_CASES = ("sampled", "listed", "more-blocks-than-units", "one-block")
+
+
+@pytest.mark.parametrize("case", LIST_CASES)
+def test_short_lists_choose_what_a_search_chooses(case: str) -> None:
+    listing = emulated(case)[0]
+    searching = patched(case, "common/shortlist.h", "MOST_LISTED = 64;", "MOST_LISTED = 0;")
+    tokens = prompt(listing.plan.spec.vocab, 4)
+    filters = [(k, p, m) for k in (1, 2, 7, 40, 63, 64) for p, m in ((1.0, 0.0), (0.9, 0.0), (0.6, 0.03), (1.0, 0.1))]
+    for i, (top_k, top_p, min_p) in enumerate(filters):
+        for temperature in (0.02, 0.8, 6.0):
+            sampling = Sampling(temperature, top_k, top_p, min_p, 1.2, logit_bias=((5, 3.0),), seed=i)
+            made = [model.generate(tokens, 2, sampling=sampling) for model in (listing, searching)]
+            assert made[0] == made[1], sampling
+
+
+def test_a_search_follows_only_where_a_list_is_too_short() -> None:
+    """A search that admits the best row alone changes nothing else."""
+    sound = emulated("listed")[0]
+    blind = patched("listed", "common/sampling.h", "end = threshold.find((u32)args.top_k, args.top_p);", "end = 1;")
+    tokens = prompt(sound.plan.spec.vocab, 4)
+    for name in ("top-k", "everything", "frozen"):
+        assert blind.generate(tokens, 4, sampling=SAMPLED[name]) == sound.generate(tokens, 4, sampling=SAMPLED[name])
+    crowded = SAMPLED["crowded"]
+    assert blind.generate(tokens, 4, sampling=crowded) != sound.generate(tokens, 4, sampling=crowded)
+
+
+def test_the_host_can_end_a_choice_by_short_lists() -> None:
+    model = emulated("listed")[0]
+    tokens = prompt(model.plan.spec.vocab, 5)
+    free = model.generate(tokens, 4, sampling=SAMPLED["top-k"])
+    assert model.generate(tokens, 4, sampling=SAMPLED["top-k"], halt=True) == free[:1]
+
+
 def test_searches_beyond_what_a_tag_can_count() -> None:
-    sound, checkpoint = emulated("sampled")
-
-    def patch(headers: dict[str, str]) -> dict[str, str]:
-        file, old = "common/words.h", "w.level_searches[2] = 0;"
-        assert old in headers[file]
-        return {**headers, file: headers[file].replace(old, "w.level_searches[2] = 2044;")}
-
-    model, tokens = Emulated(sound.plan, checkpoint, patch), prompt(sound.plan.spec.vocab, 2)
+    sound = emulated("sampled")[0]
+    model = patched("sampled", "common/words.h", "w.level_searches[2] = 0;", "w.level_searches[2] = 2044;")
+    tokens = prompt(sound.plan.spec.vocab, 2)
     made = sound.generate(tokens, 12, sampling=SAMPLED["all-filters"])
     assert model.generate(tokens, 12, sampling=SAMPLED["all-filters"]) == made
 
@@ -374,14 +417,8 @@ BUGS = {
 
 @pytest.mark.parametrize("bug", BUGS)
 def test_a_planted_bug_is_noticed(bug: str) -> None:
-    file, old, new = BUGS[bug]
-    sound, checkpoint = emulated("step-in-ring" if bug == "a key copied before it is written" else "planted")
-
-    def patch(headers: dict[str, str]) -> dict[str, str]:
-        assert old in headers[file], f"{file} has changed: plant the bug anew"
-        return {**headers, file: headers[file].replace(old, new)}
-
-    broken = Emulated(sound.plan, checkpoint, patch)
+    case = "step-in-ring" if bug == "a key copied before it is written" else "planted"
+    sound, broken = emulated(case)[0], patched(case, *BUGS[bug])
     tokens = prompt(sound.plan.spec.vocab, 6)
     expected = sound.logits(tokens)
 
@@ -419,7 +456,7 @@ SAMPLING_BUGS = {
     ),
     "the log-probability of another block's candidate": (
         "common/logprobs.h",
-        "without_tag(load_key((u64*)(args.exchange + P::X_KEYS) + b)) == key",
+        "without_tag(take_key((u64*)(args.exchange + P::X_KEYS) + b, tag, where, WAIT_KEYS)) == key",
         "b == 0",
     ),
     "likeliest tokens out of order": ("common/logprobs.h", "if (key < best) next", "next"),
@@ -428,14 +465,7 @@ SAMPLING_BUGS = {
 
 @pytest.mark.parametrize("bug", SAMPLING_BUGS)
 def test_a_planted_bug_of_sampling_is_noticed(bug: str) -> None:
-    file, old, new = SAMPLING_BUGS[bug]
-    sound, checkpoint = emulated("sampled")
-
-    def patch(headers: dict[str, str]) -> dict[str, str]:
-        assert old in headers[file], f"{file} has changed: plant the bug anew"
-        return {**headers, file: headers[file].replace(old, new)}
-
-    broken = Emulated(sound.plan, checkpoint, patch)
+    broken = patched("sampled", *SAMPLING_BUGS[bug])
 
     def seen(name: str, order: int) -> bool:
         try:
@@ -445,6 +475,41 @@ def test_a_planted_bug_of_sampling_is_noticed(bug: str) -> None:
         return False
 
     assert any(seen(name, order) for order in range(1, 13) for name in SAMPLED)
+
+
+# The same for short lists, where a block may have more good rows than it lists.
+LIST_BUGS = {
+    "a list that is too short, and trusted": ("| (own.last ? DOUBTFUL : 0)", ""),
+    "a block whose rows nobody considers": ("store(larger, a.keys[i])", "store(larger, block() == 1 ? 0 : a.keys[i])"),
+    "a list of the rows found so far": ("    sync();\n    const int found", "    const int found"),
+    "rows kept after those of another stage": ("if (thread() == 0) area().count = 0;", ""),
+    "one more than top-k": ("closer < args_.top_k;", "closer <= args_.top_k;"),
+    "top-p that admits all": ("own.closer_mass >= wanted", "false"),
+    "min-p that admits all": (" || own.distance > args_.reach", ""),
+    "noise of a neighbouring row": ("own.row % 2 * 32", "0"),
+    "distances before the barrier": ("    sync();\n    u32 farthest", "    u32 farthest"),
+}
+LISTED = {
+    "hot": Sampling(temperature=8.0, top_k=64),
+    "top-p": Sampling(temperature=6.0, top_k=50, top_p=0.3),
+    "min-p": Sampling(temperature=3.0, top_k=50, min_p=0.5),
+    "two": Sampling(temperature=20.0, top_k=2),
+    "crowded": SAMPLED["crowded"],
+}
+
+
+@pytest.mark.parametrize("bug", LIST_BUGS)
+def test_a_planted_bug_of_short_lists_is_noticed(bug: str) -> None:
+    broken = patched("listed", "common/shortlist.h", *LIST_BUGS[bug])
+
+    def seen(name: str, order: int) -> bool:
+        try:
+            sampled_as_the_reference(broken, dataclasses.replace(LISTED[name], seed=order), order)
+        except AssertionError:  # an EmulatorError is one too
+            return True
+        return False
+
+    assert any(seen(name, order) for order in range(1, 13) for name in LISTED)
 
 
 def test_a_stall_is_reported_with_its_place() -> None:

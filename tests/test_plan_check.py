@@ -9,7 +9,7 @@ import pytest
 
 from kogc.errors import KogcError
 from kogc.plan.check import check
-from kogc.plan.exchange import ExchangeMap
+from kogc.plan.exchange import MOST_LISTED, ExchangeMap, rows_listed
 from kogc.plan.matvec import MatVec
 from kogc.plan.order import Action, Graph, check_order, owners, scenarios
 from kogc.plan.plan import Knobs, Options, Plan, make_plan
@@ -214,10 +214,10 @@ def test_a_slot_used_again_right_after_it_was_read_is_found() -> None:
         check_order(12, [*gather, *gather], "nothing between")
 
 
-def sampled(plan: Plan, rounds: int = 2) -> list[Action]:
+def sampled(plan: Plan, rounds: int = 2, listed: bool = False) -> list[Action]:
     """A token chosen by sampling, twice, with a layer before each."""
     graph = Graph(plan)
-    return [*graph.layer(1), *graph.sampled(rounds, True)] * 2
+    return [*graph.layer(1), *graph.sampled(rounds, True, listed)] * 2
 
 
 @pytest.mark.parametrize("blocks", [2, 12, 64, 132])
@@ -236,3 +236,20 @@ def test_candidates_need_the_layers_between_two_choices() -> None:
     actions = [a for a in sampled(plan) if a.slot in ("candidates", "keys")]
     with pytest.raises(KogcError, match="exchange candidates: block .* may rewrite it before block 0 has read it"):
         check_order(plan.blocks, actions, "one choice after the other")
+
+
+@pytest.mark.parametrize("blocks", [2, 12, 132])
+def test_a_choice_by_short_lists_takes_one_exchange_and_needs_the_layers(blocks: int) -> None:
+    plan = plan_of(blocks)
+    actions = sampled(plan, 0, listed=True)
+    check_order(blocks, actions, "one exchange")
+    gathered = {a.slot for a in actions if a.reads is not None and a.reads.all()}
+    assert gathered - {a.slot for a in Graph(plan).layer(1)} == {"shortlist"}
+    with pytest.raises(KogcError, match="exchange shortlist: block .* may rewrite it before block"):
+        check_order(blocks, [a for a in actions if a.slot == "shortlist"], "one choice after the other")
+
+
+@pytest.mark.parametrize("blocks", [1, 2, 3, 5, 8, 64, 128, 132, 200])
+def test_lists_hold_twice_the_longest_top_k(blocks: int) -> None:
+    assert blocks * rows_listed(blocks) >= 2 * MOST_LISTED
+    assert rows_listed(blocks) >= 16

@@ -23,7 +23,7 @@ from kogc.build import BuildOptions, build
 from kogc.checkpoint import open_checkpoint
 from kogc.errors import KogcError
 from kogc.packing import write_weights
-from kogc.plan.exchange import BINS, CANDIDATES, LEVELS
+from kogc.plan.exchange import BINS, CANDIDATES, LEVELS, MOST_LISTED
 from kogc.resources import data_dir
 from kogc.runtime import Request, Runtime, open_runtime
 from kogc.runtime.args import kernel_args
@@ -108,9 +108,9 @@ def test_arguments_of_a_launch() -> None:
 
 
 def test_sizes_are_those_of_the_headers() -> None:
-    threshold, logprobs = (
-        (data_dir("templates") / "common" / name).read_text() for name in ("threshold.h", "logprobs.h")
-    )
+    headers = (data_dir("templates") / "common" / f"{name}.h" for name in ("threshold", "logprobs", "shortlist"))
+    threshold, logprobs, shortlist = (path.read_text() for path in headers)
+    assert f"MOST_LISTED = {MOST_LISTED};" in shortlist
     assert f"LEVELS = {LEVELS}, LEVEL_BITS = {BINS.bit_length() - 1}, BINS = 1 << LEVEL_BITS" in threshold
     assert f"MAX_LOGPROBS = {MAX_LOGPROBS};" in logprobs
     assert CANDIDATES == 2 + MAX_LOGPROBS
@@ -170,6 +170,9 @@ OPTIONS = {
         temperature=0.8, top_k=100, top_p=0.95, min_p=0.01, repetition_penalty=1.2, presence_penalty=0.2,
         frequency_penalty=0.1, logit_bias=((7, 4.0), (8, -4.0)), logprobs=3,
     ),
+    "top-k-64": Sampling(temperature=3.0, top_k=64, top_p=0.97, min_p=0.01),
+    "frozen": Sampling(temperature=0.01, top_k=40, top_p=0.9),  # all but a few are further away than limits tell apart
+    "crowded": Sampling(temperature=3.0, top_k=60, top_p=0.99, logit_bias=tuple((t, 30.0) for t in range(100, 180))),
     "greedy-penalised": replace(GREEDY, repetition_penalty=1.5, frequency_penalty=0.2),
     "greedy-biased": replace(GREEDY, logit_bias=((5, 6.0), (9, 6.5))),
 }  # fmt: skip

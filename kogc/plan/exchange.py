@@ -11,6 +11,7 @@ WORD = 4
 ALIGN = 128
 KEY = 2  # words of a key: what crosses blocks while a token is chosen
 LEVELS, BINS, MEASURES = 3, 512, 2  # of a search for a threshold (templates/common/threshold.h)
+MOST_LISTED = 64  # the largest top-k that short lists serve (templates/common/shortlist.h)
 CANDIDATES = 22  # keys of a block from which log-probabilities are made (templates/common/logprobs.h)
 PRIVATE = ("logits", "scores", "seen")  # one word a row of the vocabulary, for its block alone
 PARTIAL_EXTRA = 4  # words beside each partial attention output: maximum, sum, and padding to 16 bytes
@@ -48,6 +49,7 @@ def exchange_map(spec: ModelSpec, blocks: int, splits: int) -> ExchangeMap:
         "down": spec.hidden,
         "keys": KEY * blocks,
         "maxima": KEY * blocks,
+        "shortlist": KEY * rows_listed(blocks) * blocks,
         "histogram": KEY * BINS * MEASURES * blocks,
         "totals": KEY * BINS * MEASURES * LEVELS,
         "candidates": KEY * CANDIDATES * blocks,
@@ -67,3 +69,15 @@ def bins_owned(blocks: int) -> int:
     while owned * blocks < BINS:
         owned *= 2
     return owned
+
+
+def rows_listed(blocks: int) -> int:
+    """Length of a block's short list: twice its share of the longest top-k, a power of two, and at least 16.
+
+    A tokenizer gives its commonest tokens neighbouring rows, so that one block may hold many of the best; a list that
+    is too short costs a search.
+    """
+    length = 16
+    while length * blocks < 2 * MOST_LISTED:
+        length *= 2
+    return length

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import KogcError
-from .exchange import BINS, CANDIDATES, KEY, LEVELS, MEASURES, PRIVATE, bins_owned
+from .exchange import BINS, CANDIDATES, KEY, LEVELS, MEASURES, PRIVATE, bins_owned, rows_listed
 
 if TYPE_CHECKING:
     from .matvec import MatVec
@@ -97,8 +97,9 @@ def _written(plan: Plan, slot: str, block: int) -> Iterator[tuple[int, int]]:
     elif slot == "attention":
         for head in range(block, s.heads, plan.blocks):
             yield head * s.head_dim, (head + 1) * s.head_dim
-    elif slot in ("keys", "maxima", "candidates", "histogram"):
-        each = KEY * {"candidates": CANDIDATES, "histogram": BINS * MEASURES}.get(slot, 1)
+    elif slot in ("keys", "maxima", "shortlist", "candidates", "histogram"):
+        keys = {"shortlist": rows_listed(plan.blocks), "candidates": CANDIDATES, "histogram": BINS * MEASURES}
+        each = KEY * keys.get(slot, 1)
         yield each * block, each * (block + 1)
     elif slot == "totals":
         first, bin_ = bins_owned(plan.blocks) * block, KEY * MEASURES
@@ -138,9 +139,9 @@ def scenarios(plan: Plan) -> Iterator[tuple[str, list[Action]]]:
             actions += graph.choice() if choose else []
             actions += graph.layer(first)
             yield f"{first} then {second} attention splits", actions
-    for rounds, logprobs in product((0, 1, 2 * LEVELS), (False, True)):
-        token = [*graph.layer(gather), *graph.sampled(rounds, logprobs)]
-        yield f"sampling in {rounds} rounds", [*token, *token]
+    for rounds, logprobs, listed in product((0, 1, 2 * LEVELS), (False, True), (False, True)):
+        token = [*graph.layer(gather), *graph.sampled(rounds, logprobs, listed)]
+        yield f"sampling in {rounds} rounds{' after short lists' if listed else ''}", [*token, *token]
 
 
 class Graph:
@@ -164,17 +165,21 @@ class Graph:
         """The greedy choice at a step's end."""
         return self._all_gather("keys")
 
-    def sampled(self, rounds: int, logprobs: bool) -> list[Action]:
-        """A choice by sampling with so many rounds of search, totals of an earlier round read again before each."""
+    def sampled(self, rounds: int, logprobs: bool, listed: bool = False) -> list[Action]:
+        """A choice by sampling with so many rounds of search, totals of an earlier round read again before each.
+
+        listed: short lists come first; where they suffice no search follows, and only the first block may read keys.
+        """
         out = [self._write("candidates")] if logprobs else []
-        if rounds:
-            out += self._all_gather("maxima")
+        if listed or rounds:
+            out += self._all_gather("shortlist" if listed else "maxima")
         for number in range(rounds):
             out += [self._all_gather("totals")[1]] if number else []
             out += [self._write("histogram"), self._read("histogram", self._adders())]
             out += self._all_gather("totals")
-        out += self.choice()
-        return [*out, self._read("candidates", self._first_reads_all())] if logprobs else out
+        out += [self._write("keys")] if listed and not rounds else self.choice()
+        out += [self._read(slot, self._first_reads_all()) for slot in ("candidates", "keys") if logprobs]
+        return out
 
     def _adders(self) -> Pairs:
         """Blocks that own bins read the histograms of all."""

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 PARTIAL_UNITS = 32  # units whose partial sums are kept before they are added up
 HEAD_TILE = 8  # query heads that one attention block handles: half of the 16 rows of a tensor-core tile
 COMBINE_BYTES = 256 * 24  # a running softmax of four outputs for each thread, when splits are combined
-SAMPLING_BYTES = 8704  # a histogram of a block's logits, and what a search finds in it (templates/common/threshold.h)
+SAMPLING_BYTES = 8704  # a histogram and what a search finds in it (threshold.h), or rows of short lists (shortlist.h)
 ROW_PAD = 16  # BF16 elements between query rows, so that the rows of a fragment lie in different banks
 
 

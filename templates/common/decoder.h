@@ -139,6 +139,7 @@ template <class P> class Decoder {
 
   KOGC_DEVICE void put_choice(u64 best, i32 stop) {
     const u32 tag = choice_tag(args_, where_.step);
+    if (thread() == 0) words<P>().stop = stop;
     if (args_.choice) best = sample<P>(args_, where_.step, best);
     best = block_maximum<P>(best);
     if (thread() != 0) return;
@@ -150,7 +151,8 @@ template <class P> class Decoder {
   KOGC_DEVICE bool choose() {
     const int made = where_.step - (args_.n_prompt - 1);
     const u32 tag = choice_tag(args_, where_.step);
-    const u64 best = largest_of_blocks<P>(keys(), tag, where_, WAIT_KEYS);
+    const u64 agreed = words<P>().agreed;
+    const u64 best = agreed ? agreed : largest_of_blocks<P>(keys(), tag, where_, WAIT_KEYS);
     const i32 token = row_of(best);
     if (thread() == 0) words<P>().chosen = token;
     if ((args_.choice & LOGPROBS) && block() == 0) put_record<P>(args_, where_.step, made, best, tag);

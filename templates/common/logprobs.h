@@ -72,7 +72,7 @@ template <class P> KOGC_COLD void put_record(const KernelArgs& args, int step, i
   const int n = args.n_logprobs;
   u32* record = args.records + (u64)made * (1 + 2 * n);
   for (int b = thread(); b < P::BLOCKS; b += THREADS)  // the winner's block knows its logit
-    if (without_tag(load_key((u64*)(args.exchange + P::X_KEYS) + b)) == key)
+    if (without_tag(take_key((u64*)(args.exchange + P::X_KEYS) + b, tag, where, WAIT_KEYS)) == key)
       store_host(record, (i32)as_word(as_float((u32)(word(b, RAW) >> 32)) - log_sum));
 #pragma unroll 1
   for (int i = 0; i < n; i++) {

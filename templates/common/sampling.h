@@ -100,24 +100,37 @@ template <class P> KOGC_COLD u64 sample(const KernelArgs& args, int step, u64 gr
   sync();  // the rows' logits are in memory
   exchange_begins<P>();
   if (args.choice & LOGPROBS) put_candidates<P>(args, rows.logits, rows.first, rows.count, greedy, tag);
-  const bool changes = args.choice & (PENALISE | BIAS);
+  const bool lists = (args.choice & DRAW) && args.top_k && args.top_k <= MOST_LISTED;
+  const bool changes = lists || (args.choice & (PENALISE | BIAS));  // lists need each_row's share of rows in `best`
   if ((args.choice & PENALISE) && step == args.n_prompt - 1) count_prompt(args, rows);
-  u64 best = changes ? process(args, rows) : greedy;
+  u64 best = changes ? process(args, rows) : greedy, agreed = 0;
   if (args.choice & DRAW) {
     const float* scores = changes ? rows.scores : rows.logits;
     float largest = 0;
-    u32 end = EVERYTHING;
-    if (args.choice & FILTER) {
+    if (lists) {
+      Shortlist<P> shortlist(args, step);
+      shortlist.put(scores, rows.first, rows.count, best);
+      agreed = shortlist.choose();
+      largest = shortlist.largest();
+    } else if (args.choice & FILTER) {
       u64* maxima = (u64*)(args.exchange + P::X_MAXIMA);
       best = block_maximum<P>(best);
       if (thread() == 0) store_key(maxima + block(), best | tag);
       largest = value_of(largest_of_blocks<P>(maxima, tag, where, WAIT_MAXIMA));
-      const auto distance = [&](int i) { return (largest - scores[i]) * args.inverse_temperature; };
-      Threshold<P, decltype(distance)> threshold(args, step, rows.count, distance);
-      end = threshold.find((u32)args.top_k, args.top_p);
     }
-    best = draw(args, rows, scores, step, largest, end);
+    if (agreed) {
+      best = rows.holds(row_of(agreed)) ? agreed : 0;
+    } else {
+      u32 end = EVERYTHING;
+      if (args.choice & FILTER) {
+        const auto distance = [&](int i) { return (largest - scores[i]) * args.inverse_temperature; };
+        Threshold<P, decltype(distance)> threshold(args, step, rows.count, distance);
+        end = threshold.find((u32)args.top_k, args.top_p);
+      }
+      best = draw(args, rows, scores, step, largest, end);
+    }
   }
+  if (thread() == 0) words<P>().agreed = agreed;
   exchange_ends<P>();
   return best;
 }

@@ -9,6 +9,7 @@ struct BlockWords {
   i32 stop, chosen;      // whether the host asks to stop; the token chosen last
   u32 searches;          // rounds of searches for a threshold in this launch, and those of each level
   u32 level_searches[3];
+  u64 agreed;            // the key of the token that the blocks know to have chosen, each by itself; 0: they must compare
   Work work[HEAD + 1];   // this block's share of each phase: read, it costs a tenth of what deriving it costs
   i32 unused[2];         // what consumers and producer share lies in a line of its own
   volatile i32 finished;    // the generation has ended
@@ -27,6 +28,7 @@ template <class P> KOGC_DEVICE void init_words() {
   w.finished = 0;
   w.exchanging = 0;
   w.attended = w.waited = w.events = 0;
+  w.agreed = 0;
   w.searches = w.level_searches[0] = w.level_searches[1] = w.level_searches[2] = 0;
 }
 

@@ -49,6 +49,7 @@ template <class T> KOGC_DEVICE T* opaque(T* p) { return p; }  // there are regis
 KOGC_DEVICE void sync() { self.polls = 0; }  // who comes here is not waiting
 template <class T> KOGC_DEVICE T shuffle_xor(T v, int) { return v; }
 KOGC_DEVICE void add_shared(u64* p, u64 v) { *p += v; }
+KOGC_DEVICE u32 take_place(u32* count) { return (*count)++; }  // how many came before
 
 // --- words that carry their own readiness: relaxed -------------------------------------------------------------------
 struct alignas(16) Words { u32 x, y, z, w; };

@@ -47,6 +47,8 @@ KOGC_DEVICE void add_shared(u64* p, u64 v) {
   if (high) atomicAdd((u32*)p + 1, high);
 }
 
+KOGC_DEVICE u32 take_place(u32* count) { return atomicAdd(count, 1u); }  // in shared memory: how many came before
+
 // --- words that carry their own readiness: relaxed, device scope -----------------------------------------------------
 struct alignas(16) Words { u32 x, y, z, w; };
 

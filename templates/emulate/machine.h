@@ -50,6 +50,11 @@ KOGC_DEVICE void add_shared(u64* p, u64 v) {
   emulated::maybe_yield();
   *p += v;  // seen by other threads as a whole, which two additions on a GPU are not: they read it after a barrier
 }
+KOGC_DEVICE u32 take_place(u32* count) {
+  if (!emulated::in_shared(count, 4)) emulated::violation("a count outside of shared memory");
+  emulated::maybe_yield();
+  return (*count)++;
+}
 
 // --- words that carry their own readiness: relaxed, device scope -----------------------------------------------------
 struct alignas(16) Words { u32 x, y, z, w; };
