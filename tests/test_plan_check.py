@@ -64,7 +64,7 @@ def test_sizes_that_the_kernel_cannot_hold(change: dict[str, int], words: str) -
 @pytest.mark.parametrize(
     ("knobs", "words"),
     [
-        (Knobs(stage_bytes=8192), "stage_bytes 8192 is not a multiple of 16384"),
+        (Knobs(stage_bytes=5000), "stage_bytes 5000 is not a multiple of 4096"),
         (Knobs(stage_bytes=16384 * 8), "at least 2 stages: 1 of"),
         (Knobs(in_flight=12), "in_flight 12 needs 13 stages"),
         (Knobs(in_flight_head=99), "in_flight_head 99"),
