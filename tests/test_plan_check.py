@@ -77,6 +77,15 @@ def test_knobs_that_the_ring_cannot_hold(knobs: Knobs, words: str) -> None:
     refused(plan_of(knobs=knobs), words)
 
 
+def test_a_model_too_wide_for_a_block_says_what_to_do() -> None:
+    wide = {"layers": 2, "hidden": 8192, "ffn": 28672, "vocab": 32000, "head_dim": 128, "heads": 64, "kv_heads": 8}
+    spec = dataclasses.replace(load_spec("llama-3.1-8b"), **wide)
+    check(make_plan(spec, load_profile("a100-sxm-80gb")))
+    with pytest.raises(KogcError, match="ring needs at least 2 stages: .*ffn 28672.* take a GPU with more") as caught:
+        check(make_plan(spec, load_profile("rtx-4090")))
+    assert "\n" not in str(caught.value)
+
+
 def test_more_splits_at_once_than_a_poll_has_bits() -> None:
     refused(plan_of(128, Knobs(gather_splits=9)), "gather_splits 9: 36 vectors")
 
