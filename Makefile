@@ -10,7 +10,7 @@ OUT ?= build/$(notdir $(MODEL))-$(GPU)
 WEIGHTS := $(if $(filter %.yaml %.yml,$(MODEL)),--dummy-weights,$(if $(wildcard $(MODEL)/config.json)$(findstring /,$(MODEL)),,--dummy-weights))
 PROMPT ?= def write_file(path, data):
 
-.PHONY: demo test build bench lint golden clean
+.PHONY: demo test build bench lint golden matrix clean
 
 demo: $(VENV)/.installed
 	$(BIN)/kogc build examples/demo/checkpoint --gpu auto -o build/demo
@@ -33,6 +33,10 @@ lint: $(VENV)/.test
 # Renders generated/ again; a test fails when it differs.
 golden: $(VENV)/.installed
 	$(BIN)/python tests/golden.py
+
+# Compiles every shipped model for every CUDA profile (ten minutes) and writes docs/targets.md.
+matrix: $(VENV)/.installed
+	PYTHONPATH=. $(BIN)/python tests/matrix.py
 
 clean:
 	rm -rf build $(VENV)

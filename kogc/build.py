@@ -106,20 +106,25 @@ class BuildResult:
 
 
 def prepare(
-    model: str, gpu: str, max_context: int | None = None, blocks: int | None = None, knobs: Knobs | None = None
+    model: str,
+    gpu: str,
+    max_context: int | None = None,
+    blocks: int | None = None,
+    knobs: Knobs | None = None,
+    tuned: bool = True,
 ) -> Prepared:
     """Find the model, make its plan and check it; `gpu` is a profile's name or file, or `auto` for this machine.
 
-    Without knobs, those that were tuned for this shape, GPU and number of blocks are taken, where there are such.
+    Without knobs, those that were tuned for this shape, GPU and number of blocks are taken, where there are such (and
+    where `tuned` does not forbid it).
     """
-    notes: list[str] = []
-    if gpu == "auto":
-        gpu, note = targets.detect_profile()
-        notes += [note] if note else []
-    profile = load_profile(gpu)
+    profile, note = targets.detect_profile() if gpu == "auto" else (load_profile(gpu), None)
+    notes = [note] if note else []
     source = find_model(model)
     if profile.target != "cpu":
-        options = _tuned_options(source.spec, profile, Options(max_context, blocks), knobs)
+        options = Options(max_context, blocks, knobs)
+        if tuned:
+            options = _tuned_options(source.spec, profile, Options(max_context, blocks), knobs)
         plan = _checked_plan(source.spec, profile, options)
     else:
         # A CPU's size is a fact of the machine at hand: it decides the plan, but the profile is kept as it is.

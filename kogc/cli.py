@@ -18,7 +18,21 @@ import click
 from . import __version__
 from .errors import KogcError
 
-COMMANDS = ("build", "plan", "run", "bench", "eval", "tune", "inspect", "verify", "doctor", "models", "gpus", "spec")
+COMMANDS = (
+    "build",
+    "plan",
+    "run",
+    "bench",
+    "eval",
+    "tune",
+    "inspect",
+    "verify",
+    "doctor",
+    "models",
+    "gpus",
+    "profile",
+    "spec",
+)
 INTERRUPTED = 130
 
 

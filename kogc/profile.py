@@ -14,7 +14,9 @@ if TYPE_CHECKING:
     from . import strict_yaml
 
 TARGETS = ("cuda", "cpu")
-CUDA_ARCHS = ("sm_90a",)
+# sm_90 without the `a` is Hopper by the path of the GPUs before it: a profile of one's own can ask for it.
+BULK_ARCHS = ("sm_90a", "sm_100a", "sm_103a", "sm_120a", "sm_121a")
+CUDA_ARCHS = ("sm_80", "sm_86", "sm_89", "sm_90", *BULK_ARCHS)
 CPU_ARCHS = ("avx2", "avx512", "avx512-bf16")
 
 
@@ -31,7 +33,7 @@ class Measured:
 class GpuProfile:
     """Facts of one product. Bytes and bytes/s throughout; 0 on a CPU means: ask the machine at hand.
 
-    target: cuda or cpu. arch: the compiler's name of the instruction set (sm_90a; avx2, avx512, avx512-bf16).
+    target: cuda or cpu. arch: the compiler's name of the instruction set (sm_90a, sm_89; avx2, avx512, avx512-bf16).
     sms: streaming multiprocessors (cpu: 0, the machine's cores). smem_per_block: the opt-in maximum.
     flags: CPU features the code needs, in the names /proc/cpuinfo uses (cuda: empty).
     blocks: how many blocks a launch has unless the build says otherwise (cpu: 0, one a core).
@@ -49,6 +51,11 @@ class GpuProfile:
     measured: Measured
     blocks: int
     flags: tuple[str, ...]
+
+    @property
+    def bulk_copies(self) -> bool:
+        """Whether the GPU copies a stage of the ring with one instruction, rather than 16 bytes a lane."""
+        return self.arch in BULK_ARCHS
 
     @property
     def ceiling(self) -> float:
@@ -86,6 +93,29 @@ def parse_profile(text: str, file: str = "profile.yaml") -> GpuProfile:
     from . import strict_yaml
 
     return _from_table(strict_yaml.parse(text, file))
+
+
+def dump_profile(profile: GpuProfile, head: str) -> str:
+    """The profile as YAML that load_profile reads; `head` is the comment above it."""
+    rate = profile.measured.read_bandwidth
+    lines = [f"# {head}", f"name: {profile.name}", f"target: {profile.target}", f"product: {_quoted(profile.product)}"]
+    lines += [f"arch: {profile.arch}", f"sms: {profile.sms}", f"smem_per_block: {profile.smem_per_block}"]
+    lines += [f"l2_bytes: {profile.l2_bytes}", f"memory_bytes: {profile.memory_bytes}"]
+    lines += [f"bandwidth_datasheet: {profile.bandwidth_datasheet:.4g}", "measured:"]
+    lines += [
+        f"  read_bandwidth: {'null' if rate is None else f'{rate:.4g}'}",
+        f"  how: {_quoted(profile.measured.how)}",
+    ]
+    lines += [
+        f"  blocks: {profile.measured.blocks}",
+        f"blocks: {profile.blocks}",
+        f"flags: [{', '.join(profile.flags)}]",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _quoted(text: str) -> str:
+    return "'" + text.replace("'", "''") + "'"
 
 
 def _from_table(table: strict_yaml.Table) -> GpuProfile:

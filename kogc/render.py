@@ -10,12 +10,13 @@ import jinja2
 from .plan.exchange import rows_listed
 from .plan.plan import Plan
 from .plan.shared_memory import PARTIAL_UNITS, SAMPLING_BYTES
+from .profile import GpuProfile
 from .resources import data_dir
 
 # Where a header of the generated source is found, in the order of inclusion; `{target}` is the target's directory.
 HEADERS = {
     "cuda": (
-        "common/args.h", "cuda/machine.cuh", "common/spin.h", "common/numbers.h",
+        "common/args.h", "cuda/machine.cuh", "cuda/bulk_copies.cuh", "common/spin.h", "common/numbers.h",
         "common/exchange.h", "common/partition.h", "common/cache.h", "common/words.h", "common/trace.h",
         "cuda/stream.cuh", "cuda/matvec.cuh", "common/residual.h", "cuda/attention.cuh",
         "common/attention.h", "common/splits.h", "common/random.h", "common/choice.h", "common/logprobs.h",
@@ -29,6 +30,7 @@ HEADERS = {
         "common/threshold.h", "common/shortlist.h", "common/sampling.h", "common/decoder.h", "cpu/kernels.hpp",
     ),
 }  # fmt: skip
+ASYNC_COPIES = "cuda/async_copies.cuh"  # instead of bulk_copies.cuh, on GPUs that have none
 SUFFIX = {"cuda": "cu", "cpu": "cpp"}
 
 
@@ -41,6 +43,12 @@ class Rendered:
     headers: dict[str, str]
 
 
+def headers_of(profile: GpuProfile) -> tuple[str, ...]:
+    """The headers of a profile's sources, in the order of inclusion."""
+    files = HEADERS[profile.target]
+    return files if profile.bulk_copies else tuple(f.replace("cuda/bulk_copies.cuh", ASYNC_COPIES) for f in files)
+
+
 def render(plan: Plan) -> Rendered:
     """The source of `plan`; the same plan gives the same text."""
     environment = jinja2.Environment(
@@ -50,7 +58,7 @@ def render(plan: Plan) -> Rendered:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    files = HEADERS[plan.target]
+    files = headers_of(plan.profile)
     source = environment.get_template("monokernel.jinja").render(
         plan=plan,
         headers=files,

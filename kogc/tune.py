@@ -24,8 +24,8 @@ from numpy.typing import NDArray
 from .build import BuildOptions, build, prepare
 from .compare import LIMITS, Comparison, compare, require
 from .errors import KogcError
-from .plan.plan import Knobs, Plan, default_knobs
-from .profile import GpuProfile
+from .plan.plan import Knobs, Plan
+from .profile import GpuProfile, list_profiles
 from .runtime import Kernel, Request, Result, Runtime
 from .sampling import GREEDY
 from .session import load
@@ -318,9 +318,9 @@ def run_tune(
     """
     started = time.monotonic()
     context = depth + 1 + TOKENS
-    plan = prepare(model, gpu, context, knobs=Knobs()).plan
-    gpu = plan.profile.name if gpu == "auto" else gpu
-    start = Setting(plan.blocks, default_knobs(plan))
+    plan = prepare(model, gpu, context, tuned=False).plan
+    gpu = plan.profile.name if plan.profile.name in list_profiles() and gpu == "auto" else gpu
+    start = Setting(plan.blocks, plan.knobs)
     with (
         tempfile.TemporaryDirectory(prefix="kogc-tune-") as scratch,
         Bench(model, gpu, depth, context, Path(scratch), start.knobs) as bench,

@@ -37,7 +37,12 @@ FLAGS = (
     "-Wno-unknown-pragmas",
 )
 GUARD = 4096  # bytes after every buffer that the kernel writes
-MACHINE = "cuda/machine.cuh"
+# Headers of the machine, and what takes their place.
+EXCHANGED = {
+    "cuda/machine.cuh": "emulate/machine.h",
+    "cuda/bulk_copies.cuh": "emulate/bulk_copies.h",
+    "cuda/async_copies.cuh": "emulate/async_copies.h",
+}
 
 Patch = Callable[[dict[str, str]], dict[str, str]]
 
@@ -50,7 +55,7 @@ def emulated_headers(headers: dict[str, str]) -> dict[str, str]:
     """The headers of a rendered CUDA source with the machine exchanged, and what the emulated machine includes."""
     folder = data_dir("templates") / "emulate"
     own = {f"emulate/{path.name}": path.read_text() for path in sorted(folder.glob("*.h"))}
-    return {**headers, **own, MACHINE: own["emulate/machine.h"]}
+    return {**headers, **own, **{name: own[other] for name, other in EXCHANGED.items() if name in headers}}
 
 
 @functools.cache

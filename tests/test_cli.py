@@ -24,7 +24,7 @@ from random_checkpoint import make
 
 from kogc import targets
 from kogc.cli import COMMANDS
-from kogc.profile import list_profiles
+from kogc.profile import list_profiles, load_profile
 from kogc.spec import dump_spec, list_specs, load_spec
 from kogc.targets.detect_cuda import CudaDevice, profile_of
 
@@ -170,9 +170,7 @@ def test_unchanged_rebuild_does_nothing(compiler: None, checkpoint: Path, tmp_pa
 
 
 @pytest.mark.parametrize("touched", ["weights.bin", "monokernel.bin", "manifest.json"])
-def test_rebuild_repairs_what_was_touched(
-    compiler: None, checkpoint: Path, tmp_path: Path, touched: str
-) -> None:
+def test_rebuild_repairs_what_was_touched(compiler: None, checkpoint: Path, tmp_path: Path, touched: str) -> None:
     out = tmp_path / "out"
     args = ("build", checkpoint, "--gpu", "h200-sxm", "--blocks", 2, "-o", out)
     ok(*args)
@@ -349,7 +347,15 @@ def test_doctor_survives_an_empty_machine(monkeypatch: pytest.MonkeyPatch) -> No
         (CudaDevice(0, "NVIDIA H100 80GB HBM3", (9, 0), 132, 84_929_347_584), "h100-sxm"),
         (CudaDevice(0, "NVIDIA H100 PCIe", (9, 0), 114, 84_929_347_584), None),
         (CudaDevice(0, "NVIDIA H200 MIG 3g.71gb", (9, 0), 60, 75_000_000_000), None),
-        (CudaDevice(0, "NVIDIA A100-SXM4-80GB", (8, 0), 108, 84_929_347_584), None),
+        (CudaDevice(0, "NVIDIA A100-SXM4-80GB", (8, 0), 108, 84_929_347_584), "a100-sxm-80gb"),
+        (CudaDevice(0, "NVIDIA A100-SXM4-40GB", (8, 0), 108, 42_300_000_000), None),
+        (CudaDevice(0, "NVIDIA A10G", (8, 6), 80, 22_587 << 20), "a10g"),
+        (CudaDevice(0, "NVIDIA GeForce RTX 4090", (8, 9), 128, 25_300_000_000), "rtx-4090"),
+        (CudaDevice(0, "NVIDIA B200", (10, 0), 148, 182_642 << 20), "b200"),
+        (CudaDevice(0, "NVIDIA B300 SXM6 AC", (10, 3), 148, 275_040 << 20), "b300"),
+        (CudaDevice(0, "NVIDIA RTX PRO 6000 Blackwell Server Edition", (12, 0), 188, 97_250 << 20), "rtx-pro-6000"),
+        (CudaDevice(0, "NVIDIA GB10", (12, 1), 48, 130_602_405_888), "dgx-spark"),
+        (CudaDevice(0, "Tesla T4", (7, 5), 40, 15_843_721_216), None),
     ],
 )
 def test_devices_are_told_apart(device: CudaDevice, profile: str | None) -> None:
@@ -357,14 +363,28 @@ def test_devices_are_told_apart(device: CudaDevice, profile: str | None) -> None
 
 
 def test_auto_prefers_the_gpu_and_says_when_it_is_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
-    unknown = CudaDevice(0, "NVIDIA A100", (8, 0), 108, 84_929_347_584)
+    unknown = CudaDevice(0, "Tesla T4", (7, 5), 40, 15_843_721_216)
     monkeypatch.setattr("kogc.targets.detect_cuda.cuda_devices", lambda: [unknown])
-    name, note = targets.detect_profile()
-    assert name.startswith("cpu-")
-    assert note == "NVIDIA A100 matches no GPU profile; building for the CPU"
+    profile, note = targets.detect_profile()
+    assert profile.target == "cpu"
+    assert note == "Tesla T4 matches no GPU profile; building for the CPU"
     known = CudaDevice(0, "NVIDIA H200", (9, 0), 132, 150_754_820_096)
     monkeypatch.setattr("kogc.targets.detect_cuda.cuda_devices", lambda: [known])
-    assert targets.detect_profile() == ("h200-sxm", None)
+    assert targets.detect_profile() == (load_profile("h200-sxm"), None)
+
+
+def test_auto_takes_a_profile_by_architecture_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    other = CudaDevice(0, "NVIDIA GeForce RTX 4080", (8, 9), 76, 16_800_000_000, 64 << 20, 101376, 7.17e11)
+    monkeypatch.setattr("kogc.targets.detect_cuda.cuda_devices", lambda: [other])
+    profile, note = targets.detect_profile()
+    assert note is not None
+    assert note.startswith("NVIDIA GeForce RTX 4080 has no profile: taking that of rtx-4090 by architecture (sm_89)")
+    assert "76 SMs and 16.8 GB" in note
+    assert (profile.name, profile.sms, profile.blocks, profile.arch) == ("sm_89-76sms", 76, 76, "sm_89")
+    assert (profile.memory_bytes, profile.l2_bytes, profile.ceiling) == (16_800_000_000, 64 << 20, 7.17e11)
+    result = kogc_cli("plan", "llama-3.2-1b")
+    assert result.exit_code == 0, result.output
+    assert "by architecture" in result.stderr
 
 
 def test_no_module_of_the_tree_is_left_out_of_the_wheel() -> None:

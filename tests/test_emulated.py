@@ -38,6 +38,7 @@ class Case:
     knobs: dict[str, int] = field(default_factory=dict)
     tokens: int = 10
     seeds: tuple[int, ...] = (1, 2)
+    arch: str = "sm_90a"
 
 
 TINY = {"num_hidden_layers": 2, "vocab_size": 131}
@@ -124,6 +125,31 @@ CASES = {
     "long-window": Case(
         "mistral", 6, {**SMALL, "sliding_window": 140}, tokens=400, knobs={"gather_splits": 1}, seeds=(1,)
     ),
+    # A chunk of keys and values that the ring does not hold.
+    "chunk-over-ring": Case("llama", 4, {**SMALL, "head_dim": 64}, stages=3, tokens=150),
+    # Copies of 16 bytes a lane, as on GPUs before Hopper, through the same rings.
+    "async": Case("llama", 4, arch="sm_80"),
+    "async-narrow": Case(
+        "llama",
+        5,
+        TINY,
+        stages=2,
+        knobs={"in_flight": 1, "in_flight_head": 1, "in_flight_exchange": 1},
+        tokens=4,
+        arch="sm_89",
+    ),
+    "async-chunk-over-ring": Case(
+        "qwen3", 2, {**SMALL, "head_dim": 128, "num_hidden_layers": 2}, stages=4, tokens=140, seeds=(1,), arch="sm_86"
+    ),
+    "async-step-in-ring": Case(
+        "llama",
+        4,
+        SMALL,
+        stages=24,
+        knobs={"in_flight": 8, "in_flight_head": 8, "in_flight_exchange": 8},
+        arch="sm_90",
+    ),
+    "async-planted": Case("llama", 5, TINY, stages=3, tokens=4, arch="sm_80"),
     "qwen2": Case("qwen2", 6, {"num_attention_heads": 4, "num_key_value_heads": 1, "hidden_size": 128}),
     "qwen3": Case(
         "qwen3",
@@ -134,9 +160,9 @@ CASES = {
 }
 
 
-def profile_with(stages: int, spec: Any, knobs: Knobs, blocks: int) -> GpuProfile:
+def profile_with(stages: int, spec: Any, knobs: Knobs, blocks: int, arch: str) -> GpuProfile:
     """A GPU with just the shared memory that this many stages need."""
-    roomy = load_profile("h200-sxm")
+    roomy = dataclasses.replace(load_profile("h200-sxm"), arch=arch)
     plan = make_plan(spec, roomy, Options(blocks=blocks, knobs=knobs))
     fixed = plan.memory.bytes - plan.memory.stages * (knobs.stage_bytes + 16)
     return dataclasses.replace(roomy, smem_per_block=fixed + stages * (knobs.stage_bytes + 16))
@@ -146,7 +172,7 @@ def plan_of(case: Case, checkpoint: Path) -> Plan:
     spec, _ = spec_from_dir(checkpoint)
     knobs = Knobs(**{"stage_bytes": STAGE, "in_flight": 2, "in_flight_head": 2, **case.knobs})
     plan = make_plan(
-        spec, profile_with(case.stages, spec, knobs, case.blocks), Options(blocks=case.blocks, knobs=knobs)
+        spec, profile_with(case.stages, spec, knobs, case.blocks, case.arch), Options(blocks=case.blocks, knobs=knobs)
     )
     assert plan.memory.stages == case.stages
     return plan
@@ -213,7 +239,7 @@ def test_logits_are_as_exact_as_the_weights_and_the_same_in_every_order(name: st
         np.testing.assert_array_equal(run, runs[0])
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen2", "mistral-window"])
+@pytest.mark.parametrize("name", ["llama", "qwen2", "mistral-window", "async"])
 def test_greedy_tokens_are_those_of_the_reference(name: str) -> None:
     model, checkpoint = emulated(name)
     tokens = prompt(model.plan.spec.vocab, 6)
@@ -341,8 +367,9 @@ def test_searches_beyond_what_a_tag_can_count() -> None:
     assert model.generate(tokens, 12, sampling=SAMPLED["all-filters"]) == made
 
 
-def test_fill_and_read_ceiling_run() -> None:
-    model, _ = emulated("llama")
+@pytest.mark.parametrize("name", ["llama", "async"])
+def test_fill_and_read_ceiling_run(name: str) -> None:
+    model, _ = emulated(name)
     filled = model.fill(10_001, seed=5, amplitude=0.25)
     assert 0.24 < np.abs(filled).max() <= 0.25
     assert abs(filled.mean()) < 0.01
@@ -412,14 +439,43 @@ BUGS = {
         "barrier_expect(Ring<P>::full(head_.slot), 2 * bytes)",
     ),
     "a new key that only its cache sees": ("cuda/attention.cuh", "insert_key(position - base);", ""),
+    "a stage of a chunk used before it has arrived": (
+        "cuda/attention.cuh",
+        "wait_full<P>(stream, where);\n        if (seen",
+        "if (seen",
+    ),
 }
+# What copies of 16 bytes a lane can get wrong; the last one they alone can.
+ASYNC_BUGS = {
+    **{
+        bug: BUGS[bug]
+        for bug in (
+            "a stage used before it has arrived",
+            "a stage overwritten while it is read",
+            "a tile used before it has arrived",
+            "a key copied before it is written",
+        )
+    },
+    "a stage that is full when one lane has copied": (
+        "cuda/stream.cuh",
+        "barrier_init(full(i), COPIERS);",
+        "barrier_init(full(i), 1);",
+    ),
+}
+NEEDS = {  # what a bug needs besides the case `planted`, to show
+    "a key copied before it is written": "step-in-ring",
+    "a stage of a chunk used before it has arrived": "chunk-over-ring",
+}
+PLANTED = [*(("", bug, *BUGS[bug]) for bug in BUGS), *(("async-", bug, *ASYNC_BUGS[bug]) for bug in ASYNC_BUGS)]
 
 
-@pytest.mark.parametrize("bug", BUGS)
-def test_a_planted_bug_is_noticed(bug: str) -> None:
-    case = "step-in-ring" if bug == "a key copied before it is written" else "planted"
-    sound, broken = emulated(case)[0], patched(case, *BUGS[bug])
-    tokens = prompt(sound.plan.spec.vocab, 6)
+@pytest.mark.parametrize(
+    ("copies", "bug", "file", "old", "new"), PLANTED, ids=[kind + bug for kind, bug, *_ in PLANTED]
+)
+def test_a_planted_bug_is_noticed(copies: str, bug: str, file: str, old: str, new: str) -> None:
+    case = copies + NEEDS.get(bug, "planted")
+    sound, broken = emulated(case)[0], patched(case, file, old, new)
+    tokens = prompt(sound.plan.spec.vocab, CASES[NEEDS[bug]].tokens if bug in NEEDS else 6)
     expected = sound.logits(tokens)
 
     def seen(seed: int) -> bool:
@@ -512,8 +568,9 @@ def test_a_planted_bug_of_short_lists_is_noticed(bug: str) -> None:
     assert any(seen(name, order) for order in range(1, 13) for name in LISTED)
 
 
-def test_a_stall_is_reported_with_its_place() -> None:
-    sound, checkpoint = emulated("planted")
+@pytest.mark.parametrize("name", ["planted", "async-planted"])
+def test_a_stall_is_reported_with_its_place(name: str) -> None:
+    sound, checkpoint = emulated(name)
 
     def patch(headers: dict[str, str]) -> dict[str, str]:
         file, old = "common/decoder.h", "if (phase_ == GATE_UP) {  // rows alternate"

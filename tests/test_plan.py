@@ -7,6 +7,7 @@ import dataclasses
 import pytest
 
 from kogc.errors import UsageError
+from kogc.plan.check import check
 from kogc.plan.matvec import FEWEST_GROUPS, MatVec, cut
 from kogc.plan.plan import Knobs, Options, make_plan
 from kogc.profile import load_profile
@@ -141,3 +142,23 @@ def test_larger_layers_have_more_in_flight_unless_knobs_are_given(name: str, in_
     knobs = make_plan(spec, H200).knobs
     assert (knobs.in_flight, knobs.in_flight_exchange) == (in_flight, min(2, in_flight))
     assert make_plan(spec, H200, Options(knobs=Knobs(in_flight=2))).knobs == Knobs(in_flight=2)
+
+
+@pytest.mark.parametrize("gpu", ["rtx-5090", "a10g"])
+@pytest.mark.parametrize("name", list_specs())
+def test_small_shared_memory_has_small_stages_and_as_many_bytes_in_flight(gpu: str, name: str) -> None:
+    profile = load_profile(gpu)
+    plan, large = make_plan(load_spec(name), profile), make_plan(load_spec(name), H200)
+    assert (plan.knobs.stage_bytes, plan.group <= 2) == (8192, True)
+    assert plan.memory.stages > max(plan.knobs.in_flight, plan.knobs.in_flight_head, plan.knobs.in_flight_exchange)
+    assert plan.knobs.in_flight >= min(2, large.knobs.in_flight)
+    fetched = plan.blocks * plan.knobs.prefetch * plan.knobs.stage_bytes
+    assert 0 < 3 * fetched <= profile.l2_bytes
+    check(plan)
+
+
+@pytest.mark.parametrize("name", list_specs())
+def test_hopper_has_the_stages_that_were_measured(name: str) -> None:
+    for gpu in ("h200-sxm", "h100-sxm"):
+        knobs = make_plan(load_spec(name), load_profile(gpu)).knobs
+        assert (knobs.stage_bytes, knobs.in_flight_head, knobs.prefetch, knobs.pace) == (16384, 4, 8, 900)

@@ -64,7 +64,7 @@ def test_sizes_that_the_kernel_cannot_hold(change: dict[str, int], words: str) -
 @pytest.mark.parametrize(
     ("knobs", "words"),
     [
-        (Knobs(stage_bytes=8192), "stage_bytes 8192 is not a multiple of 16384"),
+        (Knobs(stage_bytes=5000), "stage_bytes 5000 is not a multiple of 4096"),
         (Knobs(stage_bytes=16384 * 8), "at least 2 stages: 1 of"),
         (Knobs(in_flight=12), "in_flight 12 needs 13 stages"),
         (Knobs(in_flight_head=99), "in_flight_head 99"),
@@ -75,6 +75,15 @@ def test_sizes_that_the_kernel_cannot_hold(change: dict[str, int], words: str) -
 )
 def test_knobs_that_the_ring_cannot_hold(knobs: Knobs, words: str) -> None:
     refused(plan_of(knobs=knobs), words)
+
+
+def test_a_model_too_wide_for_a_block_says_what_to_do() -> None:
+    wide = {"layers": 2, "hidden": 8192, "ffn": 28672, "vocab": 32000, "head_dim": 128, "heads": 64, "kv_heads": 8}
+    spec = dataclasses.replace(load_spec("llama-3.1-8b"), **wide)
+    check(make_plan(spec, load_profile("a100-sxm-80gb")))
+    with pytest.raises(KogcError, match="ring needs at least 2 stages: .*ffn 28672.* take a GPU with more") as caught:
+        check(make_plan(spec, load_profile("rtx-4090")))
+    assert "\n" not in str(caught.value)
 
 
 def test_more_splits_at_once_than_a_poll_has_bits() -> None:

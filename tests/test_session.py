@@ -544,8 +544,9 @@ def set_all(**values: Any) -> Callable[[ToyDriver], None]:
     [
         (set_all(init=Status.CUDA_ERROR_NO_DEVICE), "no NVIDIA GPU"),
         (set_all(devices=0), "device 0: this machine has 0 GPUs"),
-        (set_all(sms=114), r"for h200-sxm \(132 SMs, sm_90a\); this GPU is NVIDIA H200 \(114 SMs, .*: no shipped"),
-        (set_all(capability=(8, 0), name=b"NVIDIA A100"), "NVIDIA A100 .* capability 8.0.*: no shipped profile fits"),
+        (set_all(sms=114), r"for h200-sxm \(132 .*; this GPU is NVIDIA H200 \(114 SMs, .*: rebuild with --gpu auto"),
+        (set_all(capability=(8, 0), name=b"NVIDIA A100"), "NVIDIA A100 .* capability 8.0.*: rebuild with --gpu auto"),
+        (set_all(capability=(7, 5), name=b"Tesla T4"), "Tesla T4 .* capability 7.5.*: no shipped profile fits"),
         (set_all(version=12080), "driver supports CUDA 12.8, the binary was made by NVRTC 13.0"),
         (set_all(memory=1 << 20), r"toy with a context of 64 needs 0\.3 GB of GPU memory; 0\.0 of 0\.0 GB are free"),
         (set_all(load=Status.CUDA_ERROR_INVALID_IMAGE), "monokernel.bin: the driver does not load it"),

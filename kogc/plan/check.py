@@ -5,7 +5,7 @@ from __future__ import annotations
 from ..errors import KogcError
 from .matvec import FEWEST_GROUPS, FRAGMENT_BYTES, UNITS, WARPS, MatVec
 from .order import check_order, owners, scenarios
-from .plan import CHUNK, Plan
+from .plan import Plan
 from .shared_memory import HEAD_TILE, PARTIAL_UNITS, attention_scratch
 
 COPY_ALIGN = 16  # bytes: of addresses and sizes of bulk copies and vector loads
@@ -117,19 +117,19 @@ def _check_attention(plan: Plan) -> None:
 
 def _check_ring(plan: Plan) -> None:
     knobs, stages = plan.knobs, plan.memory.stages
-    for phase in plan.phases:
-        step = FRAGMENT_BYTES * phase.group * WARPS
-        _require(
-            knobs.stage_bytes > 0 and knobs.stage_bytes % step == 0,
-            f"stage_bytes {knobs.stage_bytes} is not a multiple of {step}, a round of the warps in {phase.name}",
-        )
+    step = FRAGMENT_BYTES * plan.group * WARPS
+    _require(
+        knobs.stage_bytes > 0 and knobs.stage_bytes % step == 0,
+        f"stage_bytes {knobs.stage_bytes} is not a multiple of {step}, a round of the warps",
+    )
     _require(knobs.stage_bytes <= MAX_COPY, f"stage_bytes {knobs.stage_bytes}: a barrier counts at most {MAX_COPY}")
     tile = KV_TILE * plan.spec.head_dim * 4
     _require(knobs.stage_bytes >= tile, f"stage_bytes {knobs.stage_bytes}: {KV_TILE} keys and values are {tile} bytes")
     fit = f"{max(stages, 0)} of {knobs.stage_bytes} bytes fit shared memory"
-    _require(stages >= 2, f"the ring needs at least 2 stages: {fit}")
-    chunk = CHUNK // KV_TILE // min(CHUNK // KV_TILE, 1 << (knobs.stage_bytes // tile).bit_length() - 1)
-    _require(chunk <= stages, f"the ring must hold a chunk of keys and values, {chunk} stages: {fit}")
+    room = plan.profile.smem_per_block
+    beside = f"beside the vectors of {plan.spec.name} (ffn {plan.spec.ffn}, hidden {plan.spec.hidden}) in {room} bytes"
+    advice = f"{beside} a block of {plan.profile.name}: take a GPU with more shared memory, or smaller stages"
+    _require(stages >= 2, f"the ring needs at least 2 stages: {fit} {advice}")
     for name, value in (
         ("in_flight", knobs.in_flight),
         ("in_flight_head", knobs.in_flight_head),

@@ -11,11 +11,13 @@ from ..errors import UsageError
 from ..profile import GpuProfile
 from ..spec import ModelSpec
 from .exchange import ExchangeMap, exchange_map
-from .matvec import WARPS, MatVec, cut, round_up
+from .matvec import FRAGMENT_BYTES, WARPS, MatVec, cut, round_up
 from .shared_memory import HEAD_TILE, SharedMemory, shared_memory
 
 SMALL_LAYER = 240 << 10  # bytes a block, of a layer that does best with one stage in flight
 MOST_IN_FLIGHT = 5
+FEWEST_STAGES = 6  # of a ring that is cut into large stages
+L2_SHARE = 3  # what is fetched ahead of full rings takes at most one part in so many of the L2 cache
 CHUNK = 128  # positions of the KV cache that a block takes at a time
 
 
@@ -96,8 +98,14 @@ class Plan:
 
     @property
     def group(self) -> int:
-        """Consecutive fragments that one warp takes together, in every phase."""
-        return min(p.group for p in self.phases)
+        """Consecutive fragments that one warp takes together, in every phase; all warps' fill a stage evenly.
+
+        On GPUs without bulk copies addresses take more registers, and groups of four would spill.
+        """
+        group = min(4 if self.profile.bulk_copies else 2, *(p.group for p in self.phases))
+        while group > 1 and self.knobs.stage_bytes % (FRAGMENT_BYTES * WARPS * group):
+            group //= 2
+        return group
 
     @property
     def hidden_padded(self) -> int:
@@ -213,10 +221,23 @@ def default_knobs(plan: Plan) -> Knobs:
     """
     if plan.target != "cuda":
         return plan.knobs
+    large = plan.knobs
     in_flight = round(1 + math.log2(max(plan.layer_bytes(block) for block in range(plan.blocks)) / SMALL_LAYER))
-    in_flight = max(1, min(MOST_IN_FLIGHT, in_flight, plan.memory.stages - 1))
-    gather_splits = 2 if in_flight <= 3 else 1
-    return replace(plan.knobs, in_flight=in_flight, in_flight_exchange=min(2, in_flight), gather_splits=gather_splits)
+    in_flight = max(1, min(MOST_IN_FLIGHT, in_flight))
+    # Where few large stages fit, smaller ones, and as many bytes in flight as the ring can hold.
+    shrink = 1 if plan.memory.stages >= FEWEST_STAGES else 2
+    small = replace(plan, knobs=replace(large, stage_bytes=large.stage_bytes // shrink))
+    most = max(1, small.memory.stages - 1)
+    prefetch = plan.profile.l2_bytes // L2_SHARE // (plan.blocks * small.knobs.stage_bytes)
+    return replace(
+        small.knobs,
+        in_flight=min(in_flight * shrink, most),
+        in_flight_head=min(large.in_flight_head * shrink, most),
+        in_flight_exchange=min(min(2, in_flight) * shrink, most),
+        gather_splits=2 if in_flight <= 3 else 1,
+        prefetch=min(large.prefetch * shrink, prefetch),
+        pace=large.pace // shrink,
+    )
 
 
 def _context_that_fits(plan: Plan) -> int:

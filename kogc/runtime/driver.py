@@ -110,9 +110,10 @@ def _runs_on(profile: GpuProfile, gpu: Gpu) -> bool:
 def _advice(gpu: Gpu) -> str:
     """Which shipped profile fits the device. Where the profiles (the compiler's) are not installed, none is named."""
     try:
-        from ..targets.detect_cuda import CudaDevice, profile_of
+        from ..targets.detect_cuda import CudaDevice, profile_by_architecture, profile_of
 
-        fitting = profile_of(CudaDevice(0, gpu.name, gpu.capability, gpu.sms, gpu.memory_bytes))
+        device = CudaDevice(0, gpu.name, gpu.capability, gpu.sms, gpu.memory_bytes)
+        fitting = profile_of(device) or ("auto" if profile_by_architecture(device) else None)
     except (ImportError, KogcError):
         fitting = None
     if fitting:

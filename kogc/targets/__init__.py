@@ -18,6 +18,7 @@ from ..errors import KogcError
 
 if TYPE_CHECKING:
     from ..plan.plan import Plan
+    from ..profile import GpuProfile
     from ..render import Rendered
 
 T = TypeVar("T")
@@ -48,16 +49,20 @@ def compiler(plan: Plan) -> tuple[str, str]:
     return name, version
 
 
-def detect_profile() -> tuple[str, str | None]:
+def detect_profile() -> tuple[GpuProfile, str | None]:
     """The profile of this machine (`--gpu auto`), and a remark where a GPU was found that no profile describes."""
+    from ..profile import load_profile
     from .detect import detect_cpu_profile
-    from .detect_cuda import cuda_devices, detect_cuda_profile
+    from .detect_cuda import cuda_devices, profile_by_architecture, profile_of
 
-    if found := detect_cuda_profile():
-        return found, None
-    devices = cuda_devices()
-    note = f"{devices[0].name} matches no GPU profile; building for the CPU" if devices else None
-    return detect_cpu_profile(), note
+    note = None
+    if devices := cuda_devices():
+        if found := profile_of(devices[0]):
+            return load_profile(found), None
+        if made := profile_by_architecture(devices[0]):
+            return made
+        note = f"{devices[0].name} matches no GPU profile; building for the CPU"
+    return load_profile(detect_cpu_profile()), note
 
 
 def _target(name: str) -> ModuleType:

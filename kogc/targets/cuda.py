@@ -45,6 +45,13 @@ def options(plan: Plan) -> list[str]:
 
 def compile_binary(rendered: Rendered, plan: Plan) -> bytes:
     """Compile to a cubin. Raises KogcError with the compiler's first error, or naming a kernel that spills."""
+    cubin, log = compile_logged(rendered, plan)
+    _refuse_spills(log, rendered.name)
+    return cubin
+
+
+def compile_logged(rendered: Rendered, plan: Plan) -> tuple[bytes, str]:
+    """The cubin, and what the compiler says of its kernels (see resource_usage)."""
     nvrtc = _nvrtc()
     names = list(rendered.headers)
     program = _call(
@@ -65,10 +72,9 @@ def compile_binary(rendered: Rendered, plan: Plan) -> bytes:
         log = _log(nvrtc, program)
         if status != nvrtc.nvrtcResult.NVRTC_SUCCESS:
             raise KogcError(f"{rendered.name} does not compile: {_first_error(log)}")
-        _refuse_spills(log, rendered.name)
         cubin: bytes = b" " * _call(nvrtc, nvrtc.nvrtcGetCUBINSize, program)
         _call(nvrtc, nvrtc.nvrtcGetCUBIN, program, cubin)
-        return cubin
+        return cubin, log
     finally:
         nvrtc.nvrtcDestroyProgram(program)
 

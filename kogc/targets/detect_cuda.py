@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from ..profile import GpuProfile, list_profiles, load_profile
+from ..profile import GpuProfile, Measured, list_profiles, load_profile
 
 MEMORY_TOLERANCE = 0.1  # drivers keep some of a product's memory; two products of one chip differ by more than this
 
 
 @dataclass(frozen=True)
 class CudaDevice:
-    """One GPU as the driver reports it."""
+    """One GPU as the driver reports it; 0 where it does not say. bandwidth: bytes/s by its clock and bus width."""
 
     index: int
     name: str
     capability: tuple[int, int]
     sms: int
     memory_bytes: int
+    l2_bytes: int = 0
+    smem_per_block: int = 0
+    bandwidth: float = 0.0
 
 
 def driver_version() -> str | None:
@@ -40,18 +43,49 @@ def cuda_devices() -> list[CudaDevice]:
 
 
 def detect_cuda_profile() -> str | None:
-    """The profile of the first GPU; None without a GPU or where no profile describes it."""
+    """The shipped profile of the first GPU; None without a GPU or where no profile describes it."""
     devices = cuda_devices()
     return profile_of(devices[0]) if devices else None
 
 
 def profile_of(device: CudaDevice) -> str | None:
-    """The shipped profile with this device's compute capability, SM count and memory."""
-    for name in list_profiles():
-        profile = load_profile(name)
-        if profile.target == "cuda" and matches(profile, device):
-            return name
-    return None
+    """The shipped profile with this device's compute capability, SM count and memory; its name decides between two."""
+    fitting = [profile for profile in _of_architecture(device) if matches(profile, device)]
+    return min(fitting, key=lambda profile: profile.product != device.name).name if fitting else None
+
+
+def profile_by_architecture(device: CudaDevice) -> tuple[GpuProfile, str] | None:
+    """A profile made for a GPU that none describes, from the nearest of its architecture, and a remark that says so.
+
+    None where no profile has this compute capability.
+    """
+    like = min(_of_architecture(device), key=lambda profile: abs(profile.sms - device.sms), default=None)
+    if like is None:
+        return None
+    own = replace(
+        like,
+        name=f"{like.arch}-{device.sms}sms",
+        product=device.name,
+        sms=device.sms,
+        blocks=max(1, like.blocks * device.sms // like.sms),
+        smem_per_block=device.smem_per_block or like.smem_per_block,
+        l2_bytes=device.l2_bytes or like.l2_bytes,
+        memory_bytes=device.memory_bytes,
+        bandwidth_datasheet=device.bandwidth or like.bandwidth_datasheet * device.sms / like.sms,
+        measured=Measured(None, "not measured", 0),
+    )
+    size = f"{device.sms} SMs and {device.memory_bytes / 1e9:.1f} GB"
+    return (
+        own,
+        f"{device.name} has no profile: taking that of {like.name} by architecture ({like.arch}), with its own {size}",
+    )
+
+
+def _of_architecture(device: CudaDevice) -> list[GpuProfile]:
+    """The shipped profiles whose binaries run on this device's compute capability."""
+    arch = f"sm_{device.capability[0]}{device.capability[1]}"
+    profiles = (load_profile(name) for name in list_profiles())
+    return [p for p in profiles if p.target == "cuda" and p.arch.rstrip("af") == arch]
 
 
 def matches(profile: GpuProfile, device: CudaDevice) -> bool:
@@ -92,4 +126,11 @@ def _device(driver: Any, index: int) -> CudaDevice:
         ),
         sms=ask(attribute.CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT),
         memory_bytes=int(_value(driver.cuDeviceTotalMem(handle)) or 0),
+        l2_bytes=ask(attribute.CU_DEVICE_ATTRIBUTE_L2_CACHE_SIZE),
+        smem_per_block=ask(attribute.CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN),
+        # kHz, twice a clock, and bits
+        bandwidth=2e3
+        * ask(attribute.CU_DEVICE_ATTRIBUTE_MEMORY_CLOCK_RATE)
+        * ask(attribute.CU_DEVICE_ATTRIBUTE_GLOBAL_MEMORY_BUS_WIDTH)
+        / 8,
     )

@@ -128,7 +128,7 @@ KOGC_DEVICE void attend(Stream<P>& stream, const KernelArgs& args, int unit, int
   Trace<P>::mark(args, QUERY);
   const Span<P> span(opaque(position), P::window(where.layer));  // opaque: not kept while the query is awaited
   for (int chunk = span.first_chunk(split);;) {
-    core.take_chunk(stream, chunk_address<P>(args.kv, where.layer, kv_head, chunk), chunk, span.lowest, position);
+    core.take_chunk(stream, chunk_address<P>(args.kv, where.layer, kv_head, chunk), chunk, span.lowest, position, where);
     chunk = span.next_chunk(chunk);
     if (chunk >= span.end) break;
     core.load_keys(stream, chunk, position, where);

@@ -21,7 +21,7 @@ template <class P> class AttentionCore {
   KOGC_DEVICE void store_value(u16* chunk, int row, int d, u16 v) { chunk[(CHUNK + row) * DIM + d] = v; }
 
   KOGC_DEVICE void load_keys(const Stream<P>&, int, int, const Where&) {}
-  KOGC_DEVICE void take_chunk(Stream<P>&, const u16* keys, int chunk, int lowest, int position) {
+  KOGC_DEVICE void take_chunk(Stream<P>&, const u16* keys, int chunk, int lowest, int position, const Where&) {
     chunk_ = keys;
     const int first_position = chunk * CHUNK;
     const int first = lowest > first_position ? lowest - first_position : 0;

@@ -31,26 +31,31 @@ template <class P> class AttentionCore {
     chunk[row / 16 * (32 * DIM) + 16 * DIM + (d / 16 * 32 + owner) * 8 + element] = v;
   }
 
-  // A chunk of the cache, from the ring, a tile to a warp: its keys are loaded before the query is there.
+  // A chunk of the cache, from the ring, a tile to a warp: its keys are loaded before the query is there, if all tiles are.
   KOGC_DEVICE void load_keys(const Stream<P>& stream, int chunk, int position, const Where& where) {
-    wait_full<P, Tiles<P>::MOST_STAGES>(stream, stages(chunk, position), where);
-    const Words* from = fragments(stream);
-    KOGC_UNROLL for (int s = 0; s < STEPS; s++) k_[s] = from[s * 32];
-  }
-  KOGC_DEVICE void take_chunk(Stream<P>& stream, const u16*, int chunk, int lowest, int position) {
-    const int base = chunk * CHUNK + warp() * 16;
-    if (base <= position && base + 15 >= lowest) {
-      const Words* from = fragments(stream) + STEPS * 32;
-      Words v[STEPS];
-      float p[4], keep[2];
-      insert_key(position - base);
-      scores(p, base, lowest, position);
-      KOGC_UNROLL for (int j = 0; j < STEPS; j++) v[j] = from[j * 32];
-      softmax(p, keep);
-      insert_value(v, position - base);
-      accumulate(p, keep, v);
+    if constexpr (Tiles<P>::WHOLE) {
+      wait_full<P, Tiles<P>::MOST_STAGES>(stream, stages(chunk, position), where);
+      load_tile_keys(fragments(stream));
     }
-    give_back(stream, stages(chunk, position));
+  }
+  KOGC_DEVICE void take_chunk(Stream<P>& stream, const u16*, int chunk, int lowest, int position, const Where& where) {
+    const int base = chunk * CHUNK + warp() * 16;
+    const bool seen = base <= position && base + 15 >= lowest;
+    if constexpr (Tiles<P>::WHOLE) {
+      if (seen) take_tile(fragments(stream), base, lowest, position);
+      give_back(stream, stages(chunk, position));
+    } else {  // stage by stage: the next ones come when all warps have given these back
+      const int count = stages(chunk, position);
+#pragma unroll 1
+      for (int stage = 0; stage < count; stage++) {
+        wait_full<P>(stream, where);
+        if (seen && stage == warp() / Tiles<P>::IN_STAGE) {
+          load_tile_keys(tile(stream));
+          take_tile(tile(stream), base, lowest, position);
+        }
+        give_back(stream, 1);
+      }
+    }
   }
 
   // This warp's sums and outputs, to where all warps' meet. The heads of a lane's two columns lie side by side.
@@ -112,7 +117,26 @@ template <class P> class AttentionCore {
   static KOGC_DEVICE const Words* fragments(const Stream<P>& stream) {
     Stream<P> mine = stream;
     mine.advance(warp() / Tiles<P>::IN_STAGE);
-    return (const Words*)(Ring<P>::stage(mine.slot) + warp() % Tiles<P>::IN_STAGE * Tiles<P>::BYTES) + lane();
+    return tile(mine);
+  }
+  static KOGC_DEVICE const Words* tile(const Stream<P>& at) {  // this warp's, in the stage at hand
+    return (const Words*)(Ring<P>::stage(at.slot) + warp() % Tiles<P>::IN_STAGE * Tiles<P>::BYTES) + lane();
+  }
+  KOGC_DEVICE void load_tile_keys(const Words* from) {
+    KOGC_UNROLL for (int s = 0; s < STEPS; s++) k_[s] = from[s * 32];
+  }
+
+  // 16 positions, whose keys are loaded.
+  KOGC_DEVICE void take_tile(const Words* fragments, int base, int lowest, int position) {
+    const Words* from = fragments + STEPS * 32;
+    Words v[STEPS];
+    float p[4], keep[2];
+    insert_key(position - base);
+    scores(p, base, lowest, position);
+    KOGC_UNROLL for (int j = 0; j < STEPS; j++) v[j] = from[j * 32];
+    softmax(p, keep);
+    insert_value(v, position - base);
+    accumulate(p, keep, v);
   }
 
   // The token at hand may not yet be in the copied keys and values: row `r` of these 16, if it is among them.

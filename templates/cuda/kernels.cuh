@@ -25,7 +25,7 @@ template <class P> KOGC_DEVICE void generate(const KernelArgs& args) {
   Ring<P>::init();
   const int steps = Generation<P>::steps(args);
   if (warp() == PRODUCER) {
-    if (lane() == 0) produce<P>(args, steps);
+    if (lane() < COPIERS) produce<P>(args, steps);
     return;
   }
   Stream<P> stream;
@@ -57,12 +57,12 @@ template <class P> KOGC_DEVICE void read_ceiling(const void* from, u64 bytes, u3
   const int stages = (int)(share / P::STAGE_BYTES), all = stages * READ_PASSES;
   Cursor<P> cursor;
   if (warp() == PRODUCER) {
-    if (lane() != 0) return;
+    if (lane() >= COPIERS) return;
     const CachePolicy policy = read_once();
     for (int i = 0; i < all; i++, cursor.advance()) {
-      while (!barrier_passed(Ring<P>::empty(cursor.slot), cursor.parity ^ 1)) {}
+      while (!agreed(barrier_passed(Ring<P>::empty(cursor.slot), cursor.parity ^ 1))) {}
       barrier_expect(Ring<P>::full(cursor.slot), P::STAGE_BYTES);
-      bulk_copy(Ring<P>::stage(cursor.slot), source + (u64)(i % stages) * P::STAGE_BYTES, P::STAGE_BYTES, Ring<P>::full(cursor.slot), policy);
+      start_copy(Ring<P>::stage(cursor.slot), source + (u64)(i % stages) * P::STAGE_BYTES, P::STAGE_BYTES, Ring<P>::full(cursor.slot), policy);
     }
     return;
   }

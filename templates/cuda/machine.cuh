@@ -1,5 +1,6 @@
-// What the common code asks of the hardware, on NVIDIA GPUs from sm_90: threads, barriers, relaxed memory, tensor cores,
-// bulk copies. Every inline instruction of the kernel is in this file; emulate/machine.h has a plain C++ body for each.
+// What the common code asks of the hardware, on NVIDIA GPUs from sm_80: threads, barriers, relaxed memory, tensor cores.
+// Every inline instruction of the kernel is in this file, and in bulk_copies.cuh or async_copies.cuh, which the profile's
+// architecture chooses; emulate/ has a plain C++ body for each.
 #pragma once
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -125,20 +126,10 @@ KOGC_DEVICE u32 transpose8x8(u32 v) {
   return r;
 }
 
-// --- bulk copies and the barriers that count their bytes --------------------------------------------------------------------
+// --- barriers in shared memory that count arrivals; what they wait for besides, and how: *_copies.cuh ------------------------
 using Barrier = u64;
 KOGC_DEVICE void barrier_init(Barrier* b, int arrivals) { asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(b)), "r"(arrivals)); }
-KOGC_DEVICE void barrier_init_done() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
 KOGC_DEVICE void barrier_arrive(Barrier* b) { asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(b)) : "memory"); }
-KOGC_DEVICE void barrier_expect(Barrier* b, int bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(b)), "r"(bytes) : "memory");
-}
-KOGC_DEVICE bool barrier_passed(Barrier* b, u32 parity) {
-  u32 ok;
-  asm volatile("{ .reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0,1,0,p; }"
-               : "=r"(ok) : "r"(shared_address(b)), "r"(parity) : "memory");
-  return ok;
-}
 KOGC_DEVICE bool barrier_test(Barrier* b, u32 parity) {
   u32 ok;
   asm volatile("{ .reg .pred p; mbarrier.test_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0,1,0,p; }"
@@ -151,14 +142,6 @@ KOGC_DEVICE CachePolicy read_once() {
   CachePolicy p;
   asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(p));
   return p;
-}
-KOGC_DEVICE void bulk_copy(void* to, const void* from, int bytes, Barrier* b, CachePolicy policy) {
-  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;"
-               ::"r"(shared_address(to)), "l"(from), "r"(bytes), "r"(shared_address(b)), "l"(policy) : "memory");
-}
-KOGC_DEVICE void fence_copies() { asm volatile("fence.proxy.async;" ::: "memory"); }  // between plain stores and bulk copies
-KOGC_DEVICE void bulk_prefetch(const void* from, int bytes) {
-  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
 }
 
 // --- time, and the end of patience -----------------------------------------------------------------------------------------

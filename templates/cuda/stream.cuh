@@ -1,4 +1,4 @@
-// The stream: one lane copies this block's slab, and its part of the KV cache between the phases QKV and O, through a ring
+// The stream: a warp copies this block's slab, and its part of the KV cache between the phases QKV and O, through a ring
 // of shared-memory stages for ever, across phases, layers and tokens; it never waits for an activation. Bytes in flight are
 // capped, because the polls of an exchange queue behind them; while the ring is full the slab goes on into L2 at its own pace.
 #pragma once
@@ -13,7 +13,7 @@ template <class P> struct Ring {
   static KOGC_DEVICE void init() {
     if (thread() == 0) {
       for (int i = 0; i < P::STAGES; i++) {
-        barrier_init(full(i), 1);
+        barrier_init(full(i), COPIERS);
         barrier_init(empty(i), WARPS);
       }
       barrier_init_done();
@@ -42,7 +42,7 @@ template <class P> struct Tiles {
   static constexpr int POSITIONS = 16, BYTES = 4 * POSITIONS * P::HEAD_DIM;
   static constexpr int FIT = P::STAGE_BYTES / BYTES, IN_STAGE = FIT >= 8 ? 8 : FIT >= 4 ? 4 : FIT >= 2 ? 2 : 1;
   static constexpr int STAGE_BYTES = IN_STAGE * BYTES, MOST_STAGES = CHUNK / POSITIONS / IN_STAGE;
-  static_assert(MOST_STAGES <= P::STAGES, "the ring must hold a chunk");
+  static constexpr bool WHOLE = KEYS_AHEAD && MOST_STAGES <= P::STAGES;  // whether a chunk is awaited as a whole
 
   static KOGC_DEVICE int in_use(int chunk, int position) {
     const int left = position / POSITIONS + 1 - chunk * (CHUNK / POSITIONS);
@@ -50,6 +50,7 @@ template <class P> struct Tiles {
   }
 };
 
+// Runs on each copying lane: what one of them decides by, all must agree on.
 template <class P> class Producer {
  public:
   KOGC_DEVICE Producer(const KernelArgs& args, const u8* end) : end_(end), where_{args, 0, 0} {}
@@ -101,9 +102,9 @@ template <class P> class Producer {
   // At most `cap` copies under way, or `cap_exchanging` while the consumers wait for other blocks.
   KOGC_DEVICE bool copy_stage(const u8* from, int bytes, int cap, int cap_exchanging, const u8* next) {
     if (!wait_empty(next)) return false;
-    while (in_flight_ >= (words<P>().exchanging ? cap_exchanging : cap)) retire();
+    while (in_flight_ >= (agreed(words<P>().exchanging) ? cap_exchanging : cap)) retire();
     barrier_expect(Ring<P>::full(head_.slot), bytes);
-    bulk_copy(Ring<P>::stage(head_.slot), from, bytes, Ring<P>::full(head_.slot), policy_);
+    start_copy(Ring<P>::stage(head_.slot), from, bytes, Ring<P>::full(head_.slot), policy_);
     head_.advance();
     in_flight_++;
     return true;
@@ -113,22 +114,22 @@ template <class P> class Producer {
   KOGC_DEVICE void wait_written() {
     const u32 needed = where_.step * P::LAYERS;
     Spin spin;
-    while ((i32)(published(&words<P>().attended) - needed) < 0) spin.step(where_, CACHE_WRITTEN, needed);
+    while (!agreed((i32)(published(&words<P>().attended) - needed) >= 0)) spin.step(where_, CACHE_WRITTEN, needed);
     fence_copies();
   }
 
   KOGC_DEVICE bool wait_empty(const u8* next) {
     Barrier* empty = Ring<P>::empty(head_.slot);
     const u32 parity = head_.parity ^ 1;  // a fresh barrier has passed parity 1
-    if (barrier_test(empty, parity)) return true;
+    if (agreed(barrier_test(empty, parity))) return true;
     if (ahead_ < next) ahead_ = next;
     long long last = clock_cycles();
     Spin spin;
-    while (!barrier_test(empty, parity)) {  // does not sleep: there is prefetching to do
-      if (words<P>().finished) return false;
+    while (!agreed(barrier_test(empty, parity))) {  // does not sleep: there is prefetching to do
+      if (agreed(words<P>().finished)) return false;
       if (P::PREFETCH && ahead_ < next + P::PREFETCH * P::STAGE_BYTES && ahead_ + P::STAGE_BYTES <= end_ &&
-          clock_cycles() - last >= P::PACE) {
-        bulk_prefetch(ahead_, P::STAGE_BYTES);
+          agreed(clock_cycles() - last >= P::PACE)) {
+        prefetch(ahead_, P::STAGE_BYTES);
         ahead_ += P::STAGE_BYTES;
         last += P::PACE;
       }
@@ -139,7 +140,7 @@ template <class P> class Producer {
 
   KOGC_DEVICE void retire() {
     Spin spin;
-    while (!barrier_passed(Ring<P>::full(tail_.slot), tail_.parity)) spin.step(where_, STAGE_FULL, tail_.parity);
+    while (!agreed(barrier_passed(Ring<P>::full(tail_.slot), tail_.parity))) spin.step(where_, STAGE_FULL, tail_.parity);
     tail_.advance();
     in_flight_--;
   }

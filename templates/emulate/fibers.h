@@ -67,13 +67,13 @@ struct Context {
 #endif
 
 // --- the threads of a launch ---------------------------------------------------------------------------------------------
-enum Instruction { NONE, SYNC_WARP, SHUFFLE, TRANSPOSE, MMA };
+enum Instruction { NONE, SYNC_WARP, SHUFFLE, TRANSPOSE, MMA, VOTE };
 
 struct Warp {
   word runnable = 0, polling = 0;          // lanes that can run; lanes whose last poll missed
   word arrived = 0;                        // lanes that wait in `instruction` for the others
   int instruction = NONE, mask = 0;
-  wide value[32], exchanged[32];           // of a shuffle
+  wide value[32], exchanged[32];           // of a shuffle or a vote
   word a[4][32], b[2][32];                 // of a tensor-core product
   float c[4][32];
 };

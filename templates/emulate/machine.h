@@ -1,5 +1,6 @@
-// What the common code asks of the hardware, on any machine with a C++ compiler: a stand-in for cuda/machine.cuh, so that
-// the source of a CUDA kernel also runs without a GPU (slowly, and in more orders than a GPU would ever show).
+// What the common code asks of the hardware, on any machine with a C++ compiler: a stand-in for cuda/machine.cuh, as
+// bulk_copies.h and async_copies.h are for theirs, so that the source of a CUDA kernel also runs without a GPU (slowly, and in
+// more orders than a GPU would ever show).
 #pragma once
 #define KOGC_COLD static __attribute__((noinline))
 #define KOGC_DEVICE inline
@@ -117,27 +118,22 @@ KOGC_DEVICE u32 transpose8x8(u32 v) {
   return (u32)w.exchanged[self];
 }
 
-// --- bulk copies and the barriers that count their bytes --------------------------------------------------------------------
+// --- barriers in shared memory that count arrivals; what they wait for besides, and how: *_copies.h -------------------------
 using Barrier = u64;
 KOGC_DEVICE emulated::ByteBarrier* counting(Barrier* b) {
   if (!emulated::in_shared(b, 8) || (size_t)b % 8) emulated::violation("a barrier outside of shared memory");
   return (emulated::ByteBarrier*)b;
 }
 KOGC_DEVICE void barrier_init(Barrier* b, int arrivals) { *counting(b) = {0, (u32)arrivals & 0x7fff, (u32)arrivals & 0xffff, 0}; }
-KOGC_DEVICE void barrier_init_done() {}
 KOGC_DEVICE void barrier_arrive(Barrier* b) {
   emulated::maybe_yield();
-  counting(b)->arrive();
-}
-KOGC_DEVICE void barrier_expect(Barrier* b, int bytes) {
-  counting(b)->bytes += bytes;
   counting(b)->arrive();
 }
 KOGC_DEVICE bool barrier_test(Barrier* b, u32 parity) {
   emulated::maybe_yield();
   return counting(b)->phase != parity;
 }
-KOGC_DEVICE bool barrier_passed(Barrier* b, u32 parity) {
+KOGC_DEVICE bool barrier_poll(Barrier* b, u32 parity) {
   const bool passed = barrier_test(b, parity);
   int& missed = machine->current->missed;
   if (passed) missed = 0;
@@ -146,11 +142,6 @@ KOGC_DEVICE bool barrier_passed(Barrier* b, u32 parity) {
 }
 using CachePolicy = u64;
 KOGC_DEVICE CachePolicy read_once() { return 0; }
-KOGC_DEVICE void bulk_copy(void* to, const void* from, int bytes, Barrier* b, CachePolicy policy) { emulated::start_copy(to, from, bytes, counting(b)); }
-KOGC_DEVICE void fence_copies() {}
-KOGC_DEVICE void bulk_prefetch(const void* from, int bytes) {
-  if (((size_t)from | (size_t)bytes) % 16) emulated::violation("a prefetch that is not aligned to 16 bytes");
-}
 
 // --- time, and the end of patience -----------------------------------------------------------------------------------------
 KOGC_DEVICE long long clock_cycles() { return (long long)(machine->switches * 64); }

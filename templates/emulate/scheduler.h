@@ -120,12 +120,15 @@ class Scheduler {
     }
   }
 
-  // Nothing can change any more: a poller runs on alone until its own patience ends and it stops the kernel.
+  // Nothing can change any more: a poller runs on (with its warp, if that polls together) until its own patience ends and
+  // it stops the kernel.
   static bool give_up() {
     machine->stalled = true;
     for (int i = 0; i < warps(); i++)
       if (const word polling = warp(i).polling) {
-        resume(i, __builtin_ctz(polling));
+        const int lane = __builtin_ctz(polling);
+        warp(i).polling &= ~(1u << lane);  // it may go on to meet the others of its warp
+        resume(i, lane);
         return true;
       }
     return false;

@@ -1,0 +1,27 @@
+// Copies from memory into the ring where a lane copies 16 bytes at a time, from sm_80 on: all lanes of the producer warp
+// share a stage, and each arrives at its barrier when what it has copied is there.
+#pragma once
+
+namespace kogc {
+
+constexpr int COPIERS = LANES;  // lanes of the producer warp that copy
+constexpr bool KEYS_AHEAD = false;  // whether registers are left for keys while the query is awaited
+// What all of them see alike: whoever waits, leaves or goes on does so with the whole warp.
+KOGC_DEVICE bool agreed(bool v) { return __all_sync(~0u, v); }
+
+KOGC_DEVICE void barrier_init_done() {}  // the barrier of the block that follows is enough
+KOGC_DEVICE void barrier_expect(Barrier*, int) {}  // each copier's arrival is expected in every phase
+KOGC_DEVICE bool barrier_passed(Barrier* b, u32 parity) { return barrier_test(b, parity); }
+KOGC_DEVICE void start_copy(void* to, const void* from, int bytes, Barrier* b, CachePolicy policy) {
+  const u32 target = shared_address(to);
+  for (int at = lane() * 16; at < bytes; at += LANES * 16)
+    asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2;"
+                 ::"r"(target + at), "l"((const char*)from + at), "l"(policy) : "memory");
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(shared_address(b)) : "memory");
+}
+KOGC_DEVICE void fence_copies() {}  // these copies are ordered as loads and stores are
+KOGC_DEVICE void prefetch(const void* from, int bytes) {
+  for (int at = lane() * 128; at < bytes; at += LANES * 128) asm volatile("prefetch.global.L2 [%0];" ::"l"((const char*)from + at) : "memory");
+}
+
+}  // namespace kogc

@@ -1,0 +1,29 @@
+// Copies from memory into the ring where one instruction copies a whole stage, and a barrier counts its bytes: from sm_90a on.
+#pragma once
+
+namespace kogc {
+
+constexpr int COPIERS = 1;  // lanes of the producer warp that copy
+constexpr bool KEYS_AHEAD = true;  // whether registers are left for keys while the query is awaited
+KOGC_DEVICE bool agreed(bool v) { return v; }  // what each of them decides
+
+KOGC_DEVICE void barrier_init_done() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
+KOGC_DEVICE void barrier_expect(Barrier* b, int bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(b)), "r"(bytes) : "memory");
+}
+KOGC_DEVICE bool barrier_passed(Barrier* b, u32 parity) {
+  u32 ok;
+  asm volatile("{ .reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0,1,0,p; }"
+               : "=r"(ok) : "r"(shared_address(b)), "r"(parity) : "memory");
+  return ok;
+}
+KOGC_DEVICE void start_copy(void* to, const void* from, int bytes, Barrier* b, CachePolicy policy) {
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;"
+               ::"r"(shared_address(to)), "l"(from), "r"(bytes), "r"(shared_address(b)), "l"(policy) : "memory");
+}
+KOGC_DEVICE void fence_copies() { asm volatile("fence.proxy.async;" ::: "memory"); }  // between plain stores and bulk copies
+KOGC_DEVICE void prefetch(const void* from, int bytes) {
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
+}
+
+}  // namespace kogc

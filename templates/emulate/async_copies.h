@@ -1,0 +1,35 @@
+// The copies of cuda/async_copies.cuh on the emulated machine: pieces of 16 bytes arrive late, in any order. A lane's arrival
+// that waits for its pieces is an arrival at once at a barrier that also counts their bytes: both must be complete.
+#pragma once
+
+namespace kogc {
+
+constexpr int COPIERS = LANES;
+constexpr bool KEYS_AHEAD = false;
+KOGC_DEVICE bool agreed(bool v) {
+  emulated::Warp& w = machine->warp();
+  w.value[lane()] = v;
+  emulated::together(emulated::VOTE, 0, [](emulated::Warp& all) {
+    bool every = true;
+    for (int i = 0; i < LANES; i++) every &= all.value[i] != 0;
+    for (int i = 0; i < LANES; i++) all.exchanged[i] = every;
+  });
+  return w.exchanged[lane()] != 0;
+}
+
+KOGC_DEVICE void barrier_init_done() {}
+KOGC_DEVICE void barrier_expect(Barrier*, int) {}
+KOGC_DEVICE bool barrier_passed(Barrier* b, u32 parity) { return barrier_poll(b, parity); }
+KOGC_DEVICE void start_copy(void* to, const void* from, int bytes, Barrier* b, CachePolicy policy) {
+  for (int at = lane() * 16; at < bytes; at += LANES * 16) {
+    counting(b)->bytes += 16;
+    emulated::start_copy((char*)to + at, (const char*)from + at, 16, counting(b));
+  }
+  barrier_arrive(b);
+}
+KOGC_DEVICE void fence_copies() {}
+KOGC_DEVICE void prefetch(const void* from, int bytes) {
+  if ((size_t)from % 16) emulated::violation("a prefetch that is not aligned to 16 bytes");
+}
+
+}  // namespace kogc

@@ -1,0 +1,24 @@
+// The copies of cuda/bulk_copies.cuh on the emulated machine: a stage arrives as a whole, late, and its bytes are counted.
+#pragma once
+
+namespace kogc {
+
+constexpr int COPIERS = 1;
+constexpr bool KEYS_AHEAD = true;
+KOGC_DEVICE bool agreed(bool v) { return v; }
+
+KOGC_DEVICE void barrier_init_done() {}
+KOGC_DEVICE void barrier_expect(Barrier* b, int bytes) {
+  counting(b)->bytes += bytes;
+  counting(b)->arrive();
+}
+KOGC_DEVICE bool barrier_passed(Barrier* b, u32 parity) { return barrier_poll(b, parity); }
+KOGC_DEVICE void start_copy(void* to, const void* from, int bytes, Barrier* b, CachePolicy policy) {
+  emulated::start_copy(to, from, bytes, counting(b));
+}
+KOGC_DEVICE void fence_copies() {}
+KOGC_DEVICE void prefetch(const void* from, int bytes) {
+  if (((size_t)from | (size_t)bytes) % 16) emulated::violation("a prefetch that is not aligned to 16 bytes");
+}
+
+}  // namespace kogc

@@ -1,0 +1,129 @@
+"""docs/targets.md: every shipped model compiled for every CUDA profile. `make matrix` writes it again (minutes)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from kogc.build import prepare
+from kogc.errors import KogcError
+from kogc.plan.plan import Plan
+from kogc.profile import GpuProfile, list_profiles, load_profile
+from kogc.render import render
+from kogc.spec import list_specs
+from kogc.targets import cuda
+
+DOCUMENT = Path(__file__).resolve().parent.parent / "docs" / "targets.md"
+RAN_ON_HARDWARE = ("h200-sxm",)
+KERNEL = "kogc_generate"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One model on one profile. refused: why there is no plan; the rest is zero then. spills: bytes."""
+
+    model: str
+    gpu: str
+    refused: str = ""
+    registers: int = 0
+    spills: int = 0
+    shared_memory: int = 0
+    stages: int = 0
+    stage_bytes: int = 0
+    blocks: int = 0
+
+    @property
+    def short(self) -> str:
+        if self.refused:
+            return "refused"
+        spills = f", spills {self.spills} B" if self.spills else ""
+        memory = f"{self.stages} x {self.stage_bytes >> 10} K of {self.shared_memory / 1024:.0f} K"
+        return f"{self.registers} r, {memory}{spills}"
+
+
+def cuda_profiles() -> list[GpuProfile]:
+    return [p for p in map(load_profile, list_profiles()) if p.target == "cuda"]
+
+
+def measure(plan: Plan) -> Cell:
+    """Compile a plan, and what its kernel uses."""
+    _, log = cuda.compile_logged(render(plan), plan)
+    used = cuda.resource_usage(log)
+    kernel, memory = used[KERNEL], plan.memory
+    spills = max(max(u.get("stack", 0), u.get("spill_stores", 0)) for u in used.values())
+    size = plan.knobs.stage_bytes
+    where = plan.spec.name, plan.profile.name
+    return Cell(*where, "", kernel["registers"], spills, memory.bytes, memory.stages, size, plan.blocks)
+
+
+def cell(pair: tuple[str, str]) -> Cell:
+    model, gpu = pair
+    try:
+        return measure(prepare(model, gpu).plan)
+    except KogcError as error:
+        return Cell(model, gpu, str(error))
+
+
+def document(cells: Iterable[Cell]) -> str:
+    """The tables as Markdown."""
+    of = {(c.model, c.gpu): c for c in cells}
+    profiles, models = cuda_profiles(), list_specs()
+    summary = [_summary(p, [of[m, p.name] for m in models]) for p in profiles]
+    head = ("profile", "arch", "copies", "SMs", "shared memory a block", "compiled", "registers", "spills", "ran on")
+    refused = [f"- {c.model} on {c.gpu}: {c.refused}" for c in of.values() if c.refused]
+    parts = [
+        HEADER.format(compiler=cuda.version().replace("nvrtc", "NVRTC")),
+        _table(head, summary),
+        DETAILS,
+        _table(("model", *(p.name for p in profiles)), [(m, *(of[m, p.name].short for p in profiles)) for m in models]),
+        *(["Refused, with the line that the user gets:\n", "\n".join(refused)] if refused else []),
+    ]
+    return "\n".join(parts).rstrip() + "\n"
+
+
+def _summary(profile: GpuProfile, cells: list[Cell]) -> tuple[str, ...]:
+    good = [c for c in cells if not c.refused]
+    registers = [c.registers for c in good]
+    return (
+        profile.name,
+        f"`{profile.arch}`",
+        "bulk" if profile.bulk_copies else "16 bytes a lane",
+        str(profile.sms),
+        f"{profile.smem_per_block >> 10} KiB",
+        f"{len(good)} of {len(cells)}",
+        f"{min(registers)} to {max(registers)}" if registers else "-",
+        str(sum(1 for c in good if c.spills)) if any(c.spills for c in good) else "none",
+        "hardware" if profile.name in RAN_ON_HARDWARE else "nothing: only compiled",
+    )
+
+
+def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    lines = [head, tuple("---" for _ in head), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+
+
+HEADER = """# Targets
+
+Written by `make matrix` ({compiler}); `kogc gpus` lists the profiles. **Only h200-sxm has run on hardware.** For all
+other GPUs the table says that the kernels compile, with which registers and how much shared memory, not that they are
+right or fast there: their profiles hold data-sheet facts, and their settings are derived from what was measured on an
+H200. The copies of 16 bytes a lane run on the emulator, with bugs planted in them too.
+"""
+DETAILS = """
+Each cell: registers a thread, stages of the ring and their size, of the shared memory a block. GPUs before Hopper have
+no bulk copies: all lanes of the producer warp copy there (`templates/cuda/async_copies.cuh`); the order of phases, the
+partition and the exchanges are the same. Where few stages of 16 KiB fit beside a model's vectors they are of 8 KiB, and
+where the ring does not hold a chunk of keys and values (128 positions), attention takes it stage by stage.
+"""
+
+
+def main() -> None:
+    pairs = [(model, profile.name) for profile in cuda_profiles() for model in list_specs()]
+    with ProcessPoolExecutor(2) as pool:
+        DOCUMENT.write_text(document(pool.map(cell, pairs)), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
