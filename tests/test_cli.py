@@ -280,7 +280,7 @@ def test_wrong_usage_is_one_line_and_status_2(args: list[str], message: str) -> 
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["plan", "smollm2-135m", "--gpu", "rtx-6090"], "unknown GPU 'rtx-6090': one of cpu-avx2"),
+        (["plan", "smollm2-135m", "--gpu", "rtx-6090"], "unknown GPU 'rtx-6090': one of a100-sxm-80gb"),
         (["plan", "smollm3", "--gpu", "h200-sxm"], "smollm3: no such directory, and no spec of that name"),
         (["plan", "no/such.yaml", "--gpu", "h200-sxm"], "no/such.yaml: no such spec file"),
         (["inspect", "no/such"], "no/such: no such directory"),
