@@ -157,8 +157,7 @@ def test_machine_code_copies_as_the_architecture_can(
     found = find_spec("nvidia")
     places = found.submodule_search_locations if found else None
     tools = [tool for place in places or () for tool in Path(place).glob("*/bin/nvdisasm")]
-    if not tools:
-        pytest.skip("no nvdisasm: pip install nvidia-cuda-nvdisasm")
+    assert tools, "no nvdisasm: pip install nvidia-cuda-nvdisasm"
     plan = plan_of("qwen3-0.6b", profile)
     cubin = tmp_path / "kernel.cubin"
     cubin.write_bytes(cuda.compile_binary(render(plan), plan))

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import click
+
+from ..errors import KogcError
 
 
 def table(headers: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
@@ -46,3 +49,14 @@ def emit_json(data: Any) -> None:
 def remark(text: str) -> None:
     """A remark beside the result: stderr, so that pipes carry only the result."""
     click.echo(f"kogc: note: {text}", err=True)
+
+
+def emit_text(text: str, out: Path | None) -> None:
+    """To a file, or to stdout where none is named. KogcError names a file that cannot be written."""
+    if out is None:
+        click.echo(text, nl=False)
+        return
+    try:
+        out.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise KogcError(f"{out}: {error.strerror}") from None

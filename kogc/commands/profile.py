@@ -16,10 +16,9 @@ def command(measure: bool, gpu: str, out: Path | None) -> None:
 
     With --measure the read ceiling of the GPU at hand is in it: the best of a few numbers of blocks.
     """
-    from ..errors import KogcError
     from ..profile import dump_profile, load_profile
     from ..targets import detect_profile
-    from .output import remark, size
+    from .output import emit_text, remark, size
 
     if measure:
         from ..measure import measure_profile
@@ -32,10 +31,4 @@ def command(measure: bool, gpu: str, out: Path | None) -> None:
             remark(note)
         head = f"{profile.product}, as `kogc profile` knows it."
     text = dump_profile(profile, head)
-    if out is None:
-        click.echo(text, nl=False)
-        return
-    try:
-        out.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise KogcError(f"{out}: {error.strerror}") from None
+    emit_text(text, out)

@@ -12,19 +12,12 @@ import click
 @click.option("-o", "out", type=click.Path(path_type=Path), help="Write the YAML to this file.")
 def command(checkpoint: str, out: Path | None) -> None:
     """Write the spec of a checkpoint from its config.json."""
-    from ..errors import KogcError
     from ..importer import spec_from_dir
     from ..spec import dump_spec
-    from .output import remark
+    from .output import emit_text, remark
 
     spec, notes = spec_from_dir(checkpoint)
     for note in notes:
         remark(note)
     text = dump_spec(spec)
-    if out is None:
-        click.echo(text, nl=False)
-        return
-    try:
-        out.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise KogcError(f"{out}: {error.strerror}") from None
+    emit_text(text, out)
