@@ -14,8 +14,8 @@ import pytest
 import random_checkpoint
 from builds import kogc_cli
 from numpy.typing import NDArray
-from test_session import install, make_program
 from toy_kernel import ToyKernel, ToyLibrary, view
+from toy_session import install, make_program
 
 import kogc
 from kogc import steady, trace
