@@ -269,12 +269,14 @@ def test_generation_follows_the_evaluated_logits() -> None:
     assert got == logits[len(tokens) - 1 : -1].argmax(axis=1).tolist()
 
 
-def test_a_stop_token_is_written_and_ends_the_generation() -> None:
-    model, _ = emulated("llama")
+@pytest.mark.parametrize("name", ["llama", "step-in-ring", "async-step-in-ring"])
+def test_a_stop_token_is_written_and_ends_the_generation(name: str) -> None:
+    """Also where the ring holds several steps, so that its producer is steps ahead of the end."""
+    model, _ = emulated(name)
     tokens = prompt(model.plan.spec.vocab, 5)
-    free = model.generate(tokens, 6)
-    stop = free[3]
-    assert model.generate(tokens, 6, stop=[stop, 130]) == free[: free.index(stop) + 1]
+    free = model.generate(tokens, 12)
+    for stop in free[:4]:
+        assert model.generate(tokens, 12, stop=[stop, 130]) == free[: free.index(stop) + 1]
 
 
 def test_the_host_can_end_the_generation() -> None:

@@ -79,7 +79,7 @@ template <class P> class Producer {
   KOGC_DEVICE bool copy_cache(const u8* next) {
     const int position = where_.args.start + where_.step;
     const Span<P> span(position, P::window(where_.layer));
-    if (where_.layer == 0) wait_written();
+    if (where_.layer == 0 && !wait_written()) return false;
     for (int unit = Units<P>::first(); unit < Units<P>::COUNT; unit += Units<P>::STRIDE)
       for (int chunk = span.first_chunk(Units<P>::split()); chunk < span.end; chunk = span.next_chunk(chunk))
         if (!copy_chunk(unit / P::HEAD_TILES, chunk, position, next)) return false;
@@ -110,12 +110,17 @@ template <class P> class Producer {
     return true;
   }
 
-  // What the step before has added to the cache must be there. It is, unless a whole step fits the ring.
-  KOGC_DEVICE void wait_written() {
+  // What the step before has added to the cache must be there. It is, unless a whole step fits the ring; then the
+  // generation may even end with the producer a step and more ahead.
+  KOGC_DEVICE bool wait_written() {
     const u32 needed = where_.step * P::LAYERS;
     Spin spin;
-    while (!agreed((i32)(published(&words<P>().attended) - needed) >= 0)) spin.step(where_, CACHE_WRITTEN, needed);
+    while (!agreed((i32)(published(&words<P>().attended) - needed) >= 0)) {
+      if (agreed(words<P>().finished)) return false;
+      spin.step(where_, CACHE_WRITTEN, needed);
+    }
     fence_copies();
+    return true;
   }
 
   KOGC_DEVICE bool wait_empty(const u8* next) {
