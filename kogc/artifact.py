@@ -25,7 +25,7 @@ from .profile import GpuProfile, Measured
 from .spec import ModelSpec, Rope, RopeScaling
 
 FORMAT = "kogc-artifact"
-SCHEMA = 1
+SCHEMA = 2
 MANIFEST = "manifest.json"
 BINARY = "monokernel.bin"
 WEIGHTS = "weights.bin"

@@ -14,9 +14,13 @@ class PrefixCache:
 
     Launches take it in turn: a second one is refused (KogcError) while one is under way. It is empty from the start
     of a launch, and is written when that ends in order; so whatever else happens, nothing false is remembered.
+
+    in_passes: prompts go through the model in passes of many tokens, which add up in another order than a token by
+    itself. A later prompt may then only build on what passes have left, so that it gets the bits of a cold start.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, in_passes: bool = False) -> None:
+        self._in_passes = in_passes
         self._tokens: tuple[int, ...] = ()
         self._lock = threading.Lock()
         self._forgotten = 0
@@ -38,17 +42,18 @@ class PrefixCache:
             try:
                 yield start
             except GeneratorExit:  # the reader closed the stream: as orderly an end as any
-                self._remember(_run(prompt, made), epoch)
+                self._remember(self._run(prompt, made), epoch)
                 raise
-            self._remember(_run(prompt, made), epoch)
+            self._remember(self._run(prompt, made), epoch)
 
     @contextlib.contextmanager
     def rewriting(self, tokens: tuple[int, ...]) -> Iterator[None]:
-        """Around launches that run all of `tokens` from position 0."""
+        """Around launches that run all of `tokens` from position 0, one by one."""
         with self._taken():
             epoch = self._forgotten
             yield
-            self._remember(tokens, epoch)
+            if not self._in_passes:
+                self._remember(tokens, epoch)
 
     @contextlib.contextmanager
     def _taken(self) -> Iterator[tuple[int, ...]]:
@@ -59,6 +64,16 @@ class PrefixCache:
             yield known
         finally:
             self._lock.release()
+
+    def _run(self, prompt: tuple[int, ...], made: Sequence[int]) -> tuple[int, ...]:
+        """The tokens that surely went through the model, as a prompt of them would.
+
+        A token is chosen from the pass over the one before it, so all but the last one seen were run; where none was
+        seen, the prompt need not have been. The kernel may have gone further than the reader saw: that is left out.
+        """
+        if not made:
+            return ()
+        return prompt[:-1] if self._in_passes else (*prompt, *made[:-1])
 
     def _remember(self, tokens: tuple[int, ...], epoch: int) -> None:
         if epoch == self._forgotten:
@@ -71,12 +86,3 @@ def shared_length(a: Sequence[int], b: Sequence[int]) -> int:
         if x != y:
             return i
     return min(len(a), len(b))
-
-
-def _run(prompt: tuple[int, ...], made: Sequence[int]) -> tuple[int, ...]:
-    """The tokens that surely went through the model.
-
-    A token is chosen from the pass over the one before it, so all but the last one seen were run; where none was seen,
-    the prompt need not have been. The kernel may have gone further than the reader saw: that is left out.
-    """
-    return (*prompt, *made[:-1]) if made else ()

@@ -8,11 +8,15 @@ from math import sqrt
 import jinja2
 
 from .plan.exchange import rows_listed
+from .plan.matvec import MatVec
 from .plan.plan import Plan
 from .plan.shared_memory import PARTIAL_UNITS, SAMPLING_BYTES
 from .profile import GpuProfile
 from .resources import data_dir
 
+PASSES = (  # left out where a block's memory does not hold a pass of many tokens
+    "cuda/pass_layout.cuh", "cuda/pass_stream.cuh", "cuda/pass_product.cuh", "cuda/pass_attention.cuh", "cuda/pass.cuh",
+)  # fmt: skip
 # Where a header of the generated source is found, in the order of inclusion; `{target}` is the target's directory.
 HEADERS = {
     "cuda": (
@@ -21,6 +25,7 @@ HEADERS = {
         "cuda/stream.cuh", "cuda/matvec.cuh", "common/residual.h", "cuda/attention.cuh",
         "common/attention.h", "common/splits.h", "common/random.h", "common/choice.h", "common/logprobs.h",
         "common/threshold.h", "common/shortlist.h", "common/sampling.h", "common/decoder.h", "cuda/kernels.cuh",
+        *PASSES,
     ),
     "cpu": (
         "common/args.h", "cpu/machine.hpp", "common/spin.h", "common/numbers.h",
@@ -43,9 +48,9 @@ class Rendered:
     headers: dict[str, str]
 
 
-def headers_of(profile: GpuProfile) -> tuple[str, ...]:
-    """The headers of a profile's sources, in the order of inclusion."""
-    files = HEADERS[profile.target]
+def headers_of(profile: GpuProfile, passes: bool = True) -> tuple[str, ...]:
+    """The headers of a profile's sources, in the order of inclusion; with those of passes, if they are wanted."""
+    files = tuple(f for f in HEADERS[profile.target] if passes or f not in PASSES)
     return files if profile.bulk_copies else tuple(f.replace("cuda/bulk_copies.cuh", ASYNC_COPIES) for f in files)
 
 
@@ -58,7 +63,7 @@ def render(plan: Plan) -> Rendered:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    files = headers_of(plan.profile)
+    files = headers_of(plan.profile, plan.passes is not None)
     source = environment.get_template("monokernel.jinja").render(
         plan=plan,
         headers=files,
@@ -68,10 +73,16 @@ def render(plan: Plan) -> Rendered:
         partial_units=PARTIAL_UNITS,
         sampling_bytes=SAMPLING_BYTES,
         rows_listed=rows_listed(plan.blocks),
-        phases=[("".join(word.capitalize() for word in p.name.split("_")), p) for p in plan.phases],
+        phases=[(_struct(p), p) for p in plan.phases],
+        passes=plan.passes,
+        pass_phases=[(_struct(p.phase), p) for p in plan.passes.products] if plan.passes else [],
     )
     headers = {name: (data_dir("templates") / name).read_text() for name in files}
     return Rendered(f"{plan.spec.name}_{plan.profile.name}.{SUFFIX[plan.target]}", source, headers)
+
+
+def _struct(phase: MatVec) -> str:
+    return "".join(word.capitalize() for word in phase.name.split("_"))
 
 
 def _model_constants(plan: Plan) -> list[tuple[str, tuple[str, str]]]:

@@ -120,7 +120,7 @@ class Session:
         self._runtime = runtime
         self._directory = directory
         self._chat: ChatTemplate | None = None
-        self._cached = PrefixCache()
+        self._cached = PrefixCache(in_passes=runtime.plan.passes is not None)
 
     @property
     def runtime(self) -> Runtime:

@@ -144,6 +144,26 @@ class Emulated:
         """
         return self._launch(tokens, n, stop, seed, start, None, halt, sampling)
 
+    def prompt(self, tokens: Sequence[int], seed: int = 1, start: int = 0, halt: bool = False) -> None:
+        """Bring keys and values of `tokens` into the cache, in passes."""
+        passes = self.plan.passes
+        assert passes
+        own = {
+            "prompt": Buffer(4 * len(tokens)),
+            "stop_word": Buffer(4, int(halt)),
+            "report": Buffer(4 * REPORT_WORDS),
+            "scratch": Buffer(passes.scratch_bytes),
+        }
+        own["prompt"].bytes.view(np.int32)[:] = tokens
+        buffers = {**self.buffers, **own}
+        args = kernel_args({name: b.address for name, b in buffers.items()}, start, len(tokens), 0)
+        message = ctypes.create_string_buffer(200)
+        status = self.library.kogc_emulate_prompt(
+            ctypes.byref(args), self.plan.blocks, THREADS, passes.memory_bytes, ctypes.c_uint64(seed), message
+        )
+        self.report = own["report"].bytes.view(np.uint32).tolist()
+        self._check(status, message, buffers)
+
     def fill(self, n: int, seed: int, amplitude: float) -> np.ndarray:
         """What kogc_fill makes of n BF16 elements: float32 [n]."""
         out = Buffer(2 * n)

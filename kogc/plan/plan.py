@@ -12,6 +12,7 @@ from ..profile import GpuProfile
 from ..spec import ModelSpec
 from .exchange import ExchangeMap, exchange_map
 from .matvec import FRAGMENT_BYTES, WARPS, MatVec, cut, round_up
+from .passes import Passes, passes
 from .shared_memory import HEAD_TILE, SharedMemory, shared_memory
 
 SMALL_LAYER = 240 << 10  # bytes a block, of a layer that does best with one stage in flight
@@ -180,6 +181,11 @@ class Plan:
     @cached_property
     def memory(self) -> SharedMemory:
         return shared_memory(self)
+
+    @cached_property
+    def passes(self) -> Passes | None:
+        """How a prompt goes through the layers many tokens at a time; None where it goes token by token."""
+        return passes(self)
 
     @property
     def embedding_bytes(self) -> int:

@@ -32,7 +32,7 @@ DUMMY_AMPLITUDE = 0.02 * 3**0.5  # uniform values of standard deviation 0.02, as
 SITES = (
     "stage full", "stage empty", "qkv", "partial attention", "attention", "attention output", "ffn hidden",
     "ffn output", "argmax keys", "new keys and values", "largest logits", "histogram", "totals", "candidates",
-    "short lists",
+    "short lists", "a pass of the prompt",
 )  # fmt: skip
 
 

@@ -22,7 +22,7 @@ POINTERS = (
 )  # fmt: skip
 
 
-LATE_POINTERS = ("trace", "bias", "records")
+LATE_POINTERS = ("trace", "bias", "records", "scratch")
 DRAW, FILTER, PENALISE, BIAS, LOGPROBS = 1, 2, 4, 8, 16  # templates/common/args.h: Choice
 BIAS_BYTES = 8  # a token's bias: its id, and FP32
 FRACTIONS = 1 << 32  # top_p is told in such parts

@@ -18,7 +18,8 @@ from .args import BIAS_BYTES, THREADS, KernelArgs
 from .driver import Driver, check_driver, check_gpu, open_gpu
 from .upload import Uploader
 
-GENERATE, FILL, READ_CEILING = b"kogc_generate", b"kogc_fill", b"kogc_read_ceiling"
+GENERATE, PROMPT, FILL, READ_CEILING = b"kogc_generate", b"kogc_prompt", b"kogc_fill", b"kogc_read_ceiling"
+MEETING_BYTES = 128  # of the scratch memory: how often all blocks have met, zero at a launch
 FILL_BLOCKS, FILL_THREADS = 1024, 256
 CEILING_REPEATS = 4
 READ_PASSES = 4  # of kogc_read_ceiling over its bytes, in one launch
@@ -64,7 +65,7 @@ class CudaRuntime(Runtime):
         free, total = self._driver.call("cuMemGetInfo")
         plan = self.plan
         need = self.program.weights_bytes + plan.kv_bytes + self.program.rope.nbytes + plan.exchanges.bytes
-        need += SPARE_BYTES
+        need += SPARE_BYTES + (plan.passes.scratch_bytes if plan.passes else 0)
         if need > free:
             sizes = f"{need / 1e9:.1f} GB of GPU memory; {free / 1e9:.1f} of {total / 1e9:.1f} GB are free"
             advice = "free some, or rebuild with a smaller --max-context"
@@ -88,16 +89,18 @@ class CudaRuntime(Runtime):
             raise KogcError(f"{name}: the driver does not load it ({driver.name_of(status)}); rebuild the artifact")
         self._undo.append(lambda: driver.attempt("cuModuleUnload", module))
         functions = {}
-        for function in (GENERATE, FILL, READ_CEILING):
+        for function in (GENERATE, FILL, READ_CEILING, *((PROMPT,) if plan.passes else ())):
             status, functions[function] = driver.cuModuleGetFunction(module, function)
             if status != driver.CUresult.CUDA_SUCCESS:
                 raise KogcError(f"{name}: has no {function.decode()}; rebuild the artifact")
-        self._check_resident(plan, functions[GENERATE], name)
+        self._check_resident(plan, functions[GENERATE], plan.memory.bytes, name)
+        if plan.passes:
+            self._check_resident(plan, functions[PROMPT], plan.passes.memory_bytes, name)
         return Kernel(plan, functions)
 
-    def _check_resident(self, plan: Plan, function: Any, name: str) -> None:
+    def _check_resident(self, plan: Plan, function: Any, shared: int, name: str) -> None:
         """All blocks wait for each other, so all must be on the device at once."""
-        memory = self._allow_shared(function, plan.memory.bytes)
+        memory = self._allow_shared(function, shared)
         each = self._driver.call("cuOccupancyMaxActiveBlocksPerMultiprocessor", function, THREADS, memory)
         if each * plan.profile.sms < plan.blocks:
             room = f"{each * plan.profile.sms} blocks of this kernel fit the GPU, it has {plan.blocks}"
@@ -122,6 +125,10 @@ class CudaRuntime(Runtime):
         self._exchange, self._exchange_bytes = 0, 0
         self._trace, self._trace_bytes = 0, 0
         self._fit(plan)
+        self._scratch = 0
+        if plan.passes:
+            self._scratch = self._alloc(plan.passes.scratch_bytes)
+            self._driver.call("cuMemsetD8", self._scratch, 0, plan.passes.scratch_bytes)
         self._prompt = self._alloc(plan.max_context * 4)
         self._bias = self._alloc(MAX_BIAS * BIAS_BYTES)
         self._records_address, self._record_words = 0, 0
@@ -200,8 +207,24 @@ class CudaRuntime(Runtime):
         if plan.trace_events:
             driver.call("cuMemsetD8Async", self._trace, 0, trace_bytes(plan), self._stream)
         driver.call("cuEventRecord", self._before, self._stream)
+        if plan.passes and not logits and args.n_prompt > 1:
+            self._start_passes(args)
         self._start(self.kernel.module[GENERATE], plan.blocks, THREADS, plan.memory.bytes, args, cooperative=True)
         driver.call("cuEventRecord", self._after, self._stream)
+
+    def _start_passes(self, args: KernelArgs) -> None:
+        """Launch the passes over all of the prompt but its last token, and leave that to the launch that follows."""
+        plan = self.plan
+        assert plan.passes
+        first = KernelArgs.from_buffer_copy(args)
+        first.n_prompt = args.n_prompt - 1
+        self._driver.call("cuMemsetD8Async", self._scratch, 0, MEETING_BYTES, self._stream)
+        shared = plan.passes.memory_bytes
+        self._start(self.kernel.module[PROMPT], plan.blocks, THREADS, shared, first, cooperative=True)
+        args.start += first.n_prompt
+        args.n_history += first.n_prompt
+        args.prompt += 4 * first.n_prompt
+        args.n_prompt = 1
 
     def _start(
         self, function: Any, blocks: int, threads: int, shared: int, *values: Any, cooperative: bool = False
@@ -238,7 +261,7 @@ class CudaRuntime(Runtime):
 
     def _pointers(self) -> dict[str, int]:
         operands = {o.name: self._weights + o.offset for o in self.program.operands if o.name != "inv_freq"}
-        caches = {"rope": self._rope, "kv": self._kv, "exchange": self._exchange}
+        caches = {"rope": self._rope, "kv": self._kv, "exchange": self._exchange, "scratch": self._scratch}
         if self.plan.trace_events:
             caches["trace"] = self._trace
         return operands | caches | HostWords.pointers(self._words_on_device)

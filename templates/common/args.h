@@ -39,6 +39,7 @@ struct KernelArgs {
   u64* trace;             // null, or the event buffer of a tracing build
   const Bias* bias;       // [n_bias], tokens all different
   u32* records;           // host-visible, with LOGPROBS: see logprobs.h
+  u8* scratch;            // what passes over a prompt work in; zero where they have never written
   u64 seed;
   u32 choice;             // of Choice; 0: the largest logit
   u32 top_p;              // in 2^-32; 0: off
@@ -52,7 +53,7 @@ struct KernelArgs {
 // Places where the kernel waits, as they appear in a stall report.
 enum Site {
   STAGE_FULL, STAGE_EMPTY, WAIT_QKV, WAIT_PARTIAL, WAIT_ATTENTION, WAIT_O, WAIT_HIDDEN, WAIT_DOWN, WAIT_KEYS, CACHE_WRITTEN,
-  WAIT_MAXIMA, WAIT_HISTOGRAM, WAIT_TOTALS, WAIT_CANDIDATES, WAIT_SHORTLIST
+  WAIT_MAXIMA, WAIT_HISTOGRAM, WAIT_TOTALS, WAIT_CANDIDATES, WAIT_SHORTLIST, WAIT_PASS
 };
 
 }  // namespace kogc

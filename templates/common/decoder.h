@@ -124,8 +124,6 @@ template <class P> class Decoder {
     else if (chooses()) put_choice(best, stop);
   }
 
-  static KOGC_DEVICE float silu(float v) { return v * reciprocal(1.0f + exp2_fast(-LOG2E * v)); }
-
   // --- the choice of a token -------------------------------------------------------------------------------------------
   // Whether this step's logits choose a token.
   KOGC_DEVICE bool chooses() const { return where_.step >= args_.n_prompt - 1 && args_.max_new > 0; }

@@ -19,6 +19,8 @@ template <bool FP16> KOGC_DEVICE Quad pack(float a, float b, float c, float d) {
 }
 template <bool FP16> KOGC_DEVICE float element(const Quad& q, int i) { return to_float<FP16>((u16)((i < 2 ? q.low : q.high) >> i % 2 * 16)); }
 
+KOGC_DEVICE float silu(float v) { return v * reciprocal(1.0f + exp2_fast(-LOG2E * v)); }
+
 // Order-preserving map of a float to an unsigned integer.
 KOGC_DEVICE u32 ordered(float v) {
   const u32 w = as_word(v);

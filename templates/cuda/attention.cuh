@@ -8,6 +8,65 @@ namespace kogc {
 
 template <class P> KOGC_DEVICE char* scratch() { return shared() + P::ACTIVATION_OFFSET; }
 
+// Where a chunk of the cache has a key's or value's dimension. A tile holds 16 positions: keys, then values, in fragments of
+// 16 dimensions, each in the order in which lanes load it.
+template <class P> struct CachePlace {
+  static KOGC_DEVICE int key(int row, int d) {
+    const int r = row % 16, owner = r % 8 * 4 + d % 16 / 4, element = d % 4 / 2 * 4 + r / 8 * 2 + d % 2;
+    return row / 16 * (32 * P::HEAD_DIM) + (d / 16 * 32 + owner) * 8 + element;
+  }
+  static KOGC_DEVICE int value(int row, int d) {
+    const int r = row % 16, element = d % 16 / 8 * 4 + r % 2 + r / 8 * 2, owner = d % 8 * 4 + r % 8 / 2;
+    return row / 16 * (32 * P::HEAD_DIM) + 16 * P::HEAD_DIM + (d / 16 * 32 + owner) * 8 + element;
+  }
+};
+
+// Outputs of a warp's positions so far, for eight columns of queries, relative to the largest score of each.
+template <int DIM> struct RunningSoftmax {
+  static constexpr int STEPS = DIM / 16;
+  // [16 dimensions]: (row lane / 4, column lane % 4 * 2), (the same row, column + 1), and the same of row + 8
+  float o[STEPS][4] = {};
+  float maximum[2] = {LOWEST, LOWEST}, sum[2] = {};  // of the lane's two columns; the sums over its positions only
+
+  // Turns scores into probabilities relative to the new maximum; `keep` is what the sums so far must be multiplied with.
+  KOGC_DEVICE void softmax(float (&p)[4], float (&keep)[2]) {
+    KOGC_UNROLL for (int h = 0; h < 2; h++) {
+      float m = fmaxf(p[h], p[h + 2]);
+      KOGC_UNROLL for (int s = 4; s < 32; s *= 2) m = fmaxf(m, shuffle_xor(m, s));
+      m = fmaxf(m, maximum[h]);
+      keep[h] = exp2_fast(maximum[h] - m);
+      maximum[h] = m;
+      p[h] = exp2_fast(p[h] - m);
+      p[h + 2] = exp2_fast(p[h + 2] - m);
+      sum[h] = sum[h] * keep[h] + p[h] + p[h + 2];
+    }
+  }
+
+  KOGC_DEVICE void accumulate(const float (&p)[4], const float (&keep)[2], const Words (&v)[STEPS]) {
+    u32 high[2], low[2];  // [positions 0-7, 8-15], transposed: lane holds column lane / 4, positions lane % 4 * 2 and + 1
+    KOGC_UNROLL for (int t = 0; t < 2; t++) {
+      const u16 a = float_to_bf16(p[2 * t]), b = float_to_bf16(p[2 * t + 1]);
+      high[t] = transpose8x8(pack16(a, b));
+      low[t] = transpose8x8(pack16(float_to_bf16(p[2 * t] - bf16_to_float(a)), float_to_bf16(p[2 * t + 1] - bf16_to_float(b))));
+    }
+    KOGC_UNROLL for (int j = 0; j < STEPS; j++) {
+      KOGC_UNROLL for (int e = 0; e < 4; e++) o[j][e] *= keep[e % 2];
+      mma<false>(o[j], v[j].x, v[j].z, v[j].y, v[j].w, high[0], high[1]);
+      mma<false>(o[j], v[j].x, v[j].z, v[j].y, v[j].w, low[0], low[1]);
+    }
+  }
+
+  KOGC_DEVICE void take(float (&p)[4], const Words (&v)[STEPS]) {
+    float keep[2];
+    softmax(p, keep);
+    accumulate(p, keep, v);
+  }
+
+  KOGC_DEVICE void add_lanes() {
+    KOGC_UNROLL for (int m = 4; m < 32; m *= 2) KOGC_UNROLL for (int h = 0; h < 2; h++) sum[h] += shuffle_xor(sum[h], m);
+  }
+};
+
 template <class P> class AttentionCore {
   static constexpr int DIM = P::HEAD_DIM, ROW = DIM + 16;  // padded row of a query: rows of a fragment in different banks
   static constexpr int HEADS = P::HEADS_PER_BLOCK, OUT = DIM + 4, PAIRS = (HEADS + 1) / 2, STEPS = DIM / 16;
@@ -19,16 +78,13 @@ template <class P> class AttentionCore {
     queries()[head * ROW + d] = high;
     queries()[(8 + head) * ROW + d] = float_to_bf16(v - bf16_to_float(high));
   }
-  // A tile holds 16 positions: keys, then values, in fragments of 16 dimensions, each in the order in which lanes load it.
   KOGC_DEVICE void store_key(u16* chunk, int row, int d, u16 v) {
     new_key()[d] = v;
-    const int r = row % 16, owner = r % 8 * 4 + d % 16 / 4, element = d % 4 / 2 * 4 + r / 8 * 2 + d % 2;
-    chunk[row / 16 * (32 * DIM) + (d / 16 * 32 + owner) * 8 + element] = v;
+    chunk[CachePlace<P>::key(row, d)] = v;
   }
   KOGC_DEVICE void store_value(u16* chunk, int row, int d, u16 v) {
     new_value()[d] = v;
-    const int r = row % 16, element = d % 16 / 8 * 4 + r % 2 + r / 8 * 2, owner = d % 8 * 4 + r % 8 / 2;
-    chunk[row / 16 * (32 * DIM) + 16 * DIM + (d / 16 * 32 + owner) * 8 + element] = v;
+    chunk[CachePlace<P>::value(row, d)] = v;
   }
 
   // A chunk of the cache, from the ring, a tile to a warp: its keys are loaded before the query is there, if all tiles are.
@@ -60,16 +116,16 @@ template <class P> class AttentionCore {
 
   // This warp's sums and outputs, to where all warps' meet. The heads of a lane's two columns lie side by side.
   KOGC_DEVICE void finish(int heads) {
-    KOGC_UNROLL for (int m = 4; m < 32; m *= 2) KOGC_UNROLL for (int h = 0; h < 2; h++) sum_[h] += shuffle_xor(sum_[h], m);
+    softmax_.add_lanes();
     if (column() >= heads) return;
     Pair* to = out(warp(), column() / 2) + row();
     KOGC_UNROLL for (int j = 0; j < STEPS; j++) {
-      to[j * 16] = {o_[j][0], o_[j][1]};
-      to[j * 16 + 8] = {o_[j][2], o_[j][3]};
+      to[j * 16] = {softmax_.o[j][0], softmax_.o[j][1]};
+      to[j * 16 + 8] = {softmax_.o[j][2], softmax_.o[j][3]};
     }
     if (row() == 0) {
-      to[DIM] = {maximum_[0], maximum_[1]};
-      to[DIM + 1] = {sum_[0], sum_[1]};
+      to[DIM] = {softmax_.maximum[0], softmax_.maximum[1]};
+      to[DIM + 1] = {softmax_.sum[0], softmax_.sum[1]};
     }
   }
 
@@ -134,9 +190,9 @@ template <class P> class AttentionCore {
     insert_key(position - base);
     scores(p, base, lowest, position);
     KOGC_UNROLL for (int j = 0; j < STEPS; j++) v[j] = from[j * 32];
-    softmax(p, keep);
+    softmax_.softmax(p, keep);
     insert_value(v, position - base);
-    accumulate(p, keep, v);
+    softmax_.accumulate(p, keep, v);
   }
 
   // The token at hand may not yet be in the copied keys and values: row `r` of these 16, if it is among them.
@@ -184,37 +240,8 @@ template <class P> class AttentionCore {
     }
   }
 
-  // Turns scores into probabilities relative to the new maximum; `keep` is what the sums so far must be multiplied with.
-  KOGC_DEVICE void softmax(float (&p)[4], float (&keep)[2]) {
-    KOGC_UNROLL for (int h = 0; h < 2; h++) {
-      float m = fmaxf(p[h], p[h + 2]);
-      KOGC_UNROLL for (int s = 4; s < 32; s *= 2) m = fmaxf(m, shuffle_xor(m, s));
-      m = fmaxf(m, maximum_[h]);
-      keep[h] = exp2_fast(maximum_[h] - m);
-      maximum_[h] = m;
-      p[h] = exp2_fast(p[h] - m);
-      p[h + 2] = exp2_fast(p[h + 2] - m);
-      sum_[h] = sum_[h] * keep[h] + p[h] + p[h + 2];
-    }
-  }
-
-  KOGC_DEVICE void accumulate(const float (&p)[4], const float (&keep)[2], const Words (&v)[STEPS]) {
-    u32 high[2], low[2];  // [positions 0-7, 8-15], transposed: lane holds head row(), positions column() and + 1
-    KOGC_UNROLL for (int t = 0; t < 2; t++) {
-      const u16 a = float_to_bf16(p[2 * t]), b = float_to_bf16(p[2 * t + 1]);
-      high[t] = transpose8x8(pack16(a, b));
-      low[t] = transpose8x8(pack16(float_to_bf16(p[2 * t] - bf16_to_float(a)), float_to_bf16(p[2 * t + 1] - bf16_to_float(b))));
-    }
-    KOGC_UNROLL for (int j = 0; j < STEPS; j++) {
-      KOGC_UNROLL for (int e = 0; e < 4; e++) o_[j][e] *= keep[e % 2];
-      mma<false>(o_[j], v[j].x, v[j].z, v[j].y, v[j].w, high[0], high[1]);
-      mma<false>(o_[j], v[j].x, v[j].z, v[j].y, v[j].w, low[0], low[1]);
-    }
-  }
-
   Words k_[STEPS];
-  float o_[STEPS][4] = {};  // [16 dimensions]: (row(), column()), (row(), column() + 1), and the same of row() + 8
-  float maximum_[2] = {LOWEST, LOWEST}, sum_[2] = {};  // of heads column() and + 1; the sums over this lane's positions only
+  RunningSoftmax<DIM> softmax_;
 };
 
 }  // namespace kogc

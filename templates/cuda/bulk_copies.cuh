@@ -21,6 +21,13 @@ KOGC_DEVICE void start_copy(void* to, const void* from, int bytes, Barrier* b, C
   asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;"
                ::"r"(shared_address(to)), "l"(from), "r"(bytes), "r"(shared_address(b)), "l"(policy) : "memory");
 }
+// Copies that the whole producer warp shares: lane i takes piece i, of `count`, from its own `from`.
+constexpr int PIECE_COPIERS = 1;  // arrivals of expect_pieces() and end_pieces() together
+KOGC_DEVICE void expect_pieces(Barrier* b, int bytes) { if (lane() == 0) barrier_expect(b, bytes); }
+KOGC_DEVICE void copy_pieces(int count, char* to, int stride, const u8* from, int bytes, Barrier* b, CachePolicy policy) {
+  if (lane() < count) start_copy(to + lane() * stride, from, bytes, b, policy);
+}
+KOGC_DEVICE void end_pieces(Barrier*) {}
 KOGC_DEVICE void fence_copies() { asm volatile("fence.proxy.async;" ::: "memory"); }  // between plain stores and bulk copies
 KOGC_DEVICE void prefetch(const void* from, int bytes) {
   asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");

@@ -41,6 +41,9 @@ KOGC_DEVICE void sync() { asm volatile("bar.sync 1, 256;" ::: "memory"); }  // t
 KOGC_DEVICE void sync_block() { __syncthreads(); }
 KOGC_DEVICE void sync_warp() { __syncwarp(); }
 template <class T> KOGC_DEVICE T shuffle_xor(T v, int mask) { return __shfl_xor_sync(~0u, v, mask); }
+template <class T> KOGC_DEVICE T shuffle_from(T v, int source) { return __shfl_sync(~0u, v, source); }
+template <class T> KOGC_DEVICE T* shuffle_from(T* p, int source) { return (T*)__shfl_sync(~0u, (u64)p, source); }
+KOGC_DEVICE bool all_lanes(bool v) { return __all_sync(~0u, v); }
 
 // Two additions of 32 bits and the carry between them: one of 64 bits would be a loop of compare and swap.
 KOGC_DEVICE void add_shared(u64* p, u64 v) {
@@ -71,6 +74,13 @@ KOGC_DEVICE Words load_words(const void* p) {
 KOGC_DEVICE u64 load_key(const void* p) {
   u64 v;
   asm volatile("ld.relaxed.gpu.global.u64 %0, [%1];" : "=l"(v) : "l"(p) : "memory");
+  return v;
+}
+// A count of blocks: what they wrote before they add to it, whoever has seen it grow may read.
+KOGC_DEVICE void add_released(u32* p, u32 v) { asm volatile("red.release.gpu.global.add.u32 [%0], %1;" ::"l"(p), "r"(v) : "memory"); }
+KOGC_DEVICE u32 load_acquired(const u32* p) {
+  u32 v;
+  asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(v) : "l"(p) : "memory");
   return v;
 }
 KOGC_DEVICE void store_host(void* p, i32 v) { asm volatile("st.relaxed.sys.global.u32 [%0], %1;" ::"l"(p), "r"(v) : "memory"); }
@@ -141,6 +151,12 @@ using CachePolicy = u64;
 KOGC_DEVICE CachePolicy read_once() {
   CachePolicy p;
   asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(p));
+  return p;
+}
+
+KOGC_DEVICE CachePolicy read_again() {  // activations: all blocks read them
+  CachePolicy p;
+  asm volatile("createpolicy.fractional.L2::evict_last.b64 %0, 1.0;" : "=l"(p));
   return p;
 }
 

@@ -6,16 +6,7 @@ namespace kogc {
 
 constexpr int COPIERS = LANES;
 constexpr bool KEYS_AHEAD = false;
-KOGC_DEVICE bool agreed(bool v) {
-  emulated::Warp& w = machine->warp();
-  w.value[lane()] = v;
-  emulated::together(emulated::VOTE, 0, [](emulated::Warp& all) {
-    bool every = true;
-    for (int i = 0; i < LANES; i++) every &= all.value[i] != 0;
-    for (int i = 0; i < LANES; i++) all.exchanged[i] = every;
-  });
-  return w.exchanged[lane()] != 0;
-}
+KOGC_DEVICE bool agreed(bool v) { return all_lanes(v); }
 
 KOGC_DEVICE void barrier_init_done() {}
 KOGC_DEVICE void barrier_expect(Barrier*, int) {}
@@ -27,6 +18,18 @@ KOGC_DEVICE void start_copy(void* to, const void* from, int bytes, Barrier* b, C
   }
   barrier_arrive(b);
 }
+constexpr int PIECE_COPIERS = LANES;
+KOGC_DEVICE void expect_pieces(Barrier*, int) {}
+KOGC_DEVICE void copy_pieces(int count, char* to, int stride, const u8* from, int bytes, Barrier* b, CachePolicy) {
+  for (int i = 0; i < count && i < LANES; i++) {
+    const u8* piece = shuffle_from(from, i);
+    for (int at = lane() * 16; at < bytes; at += LANES * 16) {
+      counting(b)->bytes += 16;
+      emulated::start_copy(to + i * stride + at, piece + at, 16, counting(b));
+    }
+  }
+}
+KOGC_DEVICE void end_pieces(Barrier* b) { barrier_arrive(b); }
 KOGC_DEVICE void fence_copies() {}
 KOGC_DEVICE void prefetch(const void* from, int bytes) {
   if ((size_t)from % 16) emulated::violation("a prefetch that is not aligned to 16 bytes");

@@ -67,7 +67,7 @@ struct Context {
 #endif
 
 // --- the threads of a launch ---------------------------------------------------------------------------------------------
-enum Instruction { NONE, SYNC_WARP, SHUFFLE, TRANSPOSE, MMA, VOTE };
+enum Instruction { NONE, SYNC_WARP, SHUFFLE, BROADCAST, TRANSPOSE, MMA, VOTE };
 
 struct Warp {
   word runnable = 0, polling = 0;          // lanes that can run; lanes whose last poll missed

@@ -2,6 +2,7 @@
 #pragma once
 
 extern "C" void kogc_generate(const kogc::KernelArgs args);
+extern "C" __attribute__((weak)) void kogc_prompt(const kogc::KernelArgs args);  // not every plan has one
 extern "C" void kogc_read_ceiling(const void* from, kogc::u64 bytes, kogc::u32* sink);
 extern "C" void kogc_fill(kogc::u16* to, kogc::u64 n, kogc::u32 seed, float amplitude, int fp16);
 
@@ -75,6 +76,11 @@ inline Read read_args;
 extern "C" int kogc_emulate(const kogc::KernelArgs* args, int blocks, int threads, int shared_bytes, kogc::u64 seed, char* message) {
   kogc::emulated::generate_args = args;
   return kogc::emulated::launch(blocks, threads, shared_bytes, seed, message, [] { kogc_generate(*kogc::emulated::generate_args); });
+}
+
+extern "C" int kogc_emulate_prompt(const kogc::KernelArgs* args, int blocks, int threads, int shared_bytes, kogc::u64 seed, char* message) {
+  kogc::emulated::generate_args = args;
+  return kogc::emulated::launch(blocks, threads, shared_bytes, seed, message, [] { kogc_prompt(*kogc::emulated::generate_args); });
 }
 
 extern "C" int kogc_emulate_fill(kogc::u16* to, kogc::u64 n, kogc::u32 seed, float amplitude, int fp16, char* message) {

@@ -45,6 +45,27 @@ template <class T> KOGC_DEVICE T shuffle_xor(T v, int mask) {
   memcpy(&v, &w.exchanged[self], sizeof v);
   return v;
 }
+template <class T> KOGC_DEVICE T shuffle_from(T v, int source) {
+  emulated::Warp& w = machine->warp();
+  const int self = lane();
+  w.value[self] = 0;
+  memcpy(&w.value[self], &v, sizeof v);
+  emulated::together(emulated::BROADCAST, source, [source](emulated::Warp& all) {
+    for (int i = 0; i < LANES; i++) all.exchanged[i] = all.value[source];
+  });
+  memcpy(&v, &w.exchanged[self], sizeof v);
+  return v;
+}
+KOGC_DEVICE bool all_lanes(bool v) {
+  emulated::Warp& w = machine->warp();
+  w.value[lane()] = v;
+  emulated::together(emulated::VOTE, 0, [](emulated::Warp& all) {
+    bool every = true;
+    for (int i = 0; i < LANES; i++) every &= all.value[i] != 0;
+    for (int i = 0; i < LANES; i++) all.exchanged[i] = every;
+  });
+  return w.exchanged[lane()] != 0;
+}
 template <class T> KOGC_DEVICE T* opaque(T* p) { return p; }
 KOGC_DEVICE void add_shared(u64* p, u64 v) {
   if (!emulated::in_shared(p, 8)) emulated::violation("an addition outside of shared memory");
@@ -80,6 +101,12 @@ KOGC_DEVICE Words load_words(const void* p) {  // only its words are atomic
   const u32 x = load_word(w), y = load_word(w + 1), z = load_word(w + 2);
   return {x, y, z, load_word(w + 3)};
 }
+KOGC_DEVICE void add_released(u32* p, u32 v) {
+  emulated::maybe_yield();
+  *(volatile u32*)p += v;
+  machine->events++;
+}
+KOGC_DEVICE u32 load_acquired(const u32* p) { return load_relaxed<u32>(p); }
 KOGC_DEVICE void store_host(void* p, i32 v) { *(volatile i32*)p = v; }
 KOGC_DEVICE i32 load_host(const void* p) { return load_relaxed<i32>(p); }
 
@@ -142,6 +169,7 @@ KOGC_DEVICE bool barrier_poll(Barrier* b, u32 parity) {
 }
 using CachePolicy = u64;
 KOGC_DEVICE CachePolicy read_once() { return 0; }
+KOGC_DEVICE CachePolicy read_again() { return 0; }
 
 // --- time, and the end of patience -----------------------------------------------------------------------------------------
 KOGC_DEVICE long long clock_cycles() { return (long long)(machine->switches * 64); }

@@ -1,0 +1,146 @@
+// Attention of a pass. Columns are (token, head of the group) pairs of one KV head, in tiles of eight as attention.cuh has
+// heads; each has a position of its own. A block takes P::Pass::TILES_TOGETHER tiles of columns, its warps 16 positions of each
+// chunk, straight from the cache: keys of the next chunk are on their way while this one's values are used.
+#pragma once
+
+namespace kogc {
+
+template <class P> class PassAttention {
+  using Q = typename P::Pass;
+  static constexpr int DIM = P::HEAD_DIM, ROW = DIM + 16, OUT = DIM + 4, STEPS = DIM / 16, TILE = 16, TOGETHER = Q::TILES_TOGETHER;
+  static constexpr int COLUMNS = Q::TOKENS * P::GROUP, TILES = (COLUMNS + 7) / 8, ITEMS = (TILES + TOGETHER - 1) / TOGETHER;
+  struct alignas(8) Pair { float a, b; };
+
+ public:
+  static constexpr int COUNT = P::KV_HEADS * ITEMS;
+
+  // Item `item` of COUNT, for tokens at positions `start` .. `start` + `count` - 1. prepare(token, head): a HeadVector, ready.
+  template <class Prepare, class Store>
+  KOGC_DEVICE void run(const KernelArgs& args, int item, int layer, int start, int count, Prepare prepare, Store store) {
+    const int kv_head = item / ITEMS, first = item % ITEMS * (8 * TOGETHER);
+    if (first / P::GROUP >= count) return;
+    for (int i = warp(); i < 8 * TOGETHER; i += WARPS) {
+      const int token = (first + i) / P::GROUP, head = kv_head * P::GROUP + (first + i) % P::GROUP;
+      if (token < count) {
+        prepare(token, head).store([&](int d, float v) {
+          v *= LOG2E * P::INVERSE_SQRT_HEAD_DIM;
+          const u16 high = float_to_bf16(v);
+          query(i / 8, i % 8)[d] = high;
+          query(i / 8, 8 + i % 8)[d] = float_to_bf16(v - bf16_to_float(high));
+        });
+      } else {
+        for (int d = lane(); d < DIM; d += LANES) query(i / 8, i % 8)[d] = query(i / 8, 8 + i % 8)[d] = 0;
+      }
+    }
+    sync();
+    const int window = P::window(layer), last_token = (first + 8 * TOGETHER - 1) / P::GROUP;
+    const int last = start + (last_token < count ? last_token : count - 1), first_position = start + first / P::GROUP;
+    const int lowest = window && first_position >= window ? first_position - window + 1 : 0;
+    KOGC_UNROLL for (int k = 0; k < TOGETHER; k++) KOGC_UNROLL for (int h = 0; h < 2; h++) {
+      const int token = (first + k * 8 + column() + h) / P::GROUP;
+      position_[k][h] = start + (token < count ? token : count - 1);
+      lowest_[k][h] = window && position_[k][h] >= window ? position_[k][h] - window + 1 : 0;
+    }
+    products(args, layer, kv_head, lowest, last);
+    KOGC_UNROLL for (int k = 0; k < TOGETHER; k++) {
+      finish(k);
+      sync();
+      outputs([&](int c, int d, const float (&four)[4]) {
+        const int token = (first + 8 * k + c) / P::GROUP, head = kv_head * P::GROUP + (first + 8 * k + c) % P::GROUP;
+        if (token < count) store(token, head * DIM + d, four);
+      });
+      sync();
+    }
+  }
+
+ private:
+  static KOGC_DEVICE u16* query(int tile, int row) { return (u16*)(shared() + Q::ATTENTION_OFFSET) + (tile * 16 + row) * ROW; }
+  static KOGC_DEVICE Pair* out(int warp, int pair) { return (Pair*)query(TOGETHER, 0) + (warp * 4 + pair) * OUT; }
+  static KOGC_DEVICE int row() { return lane() >> 2; }
+  static KOGC_DEVICE int column() { return (lane() & 3) * 2; }
+
+  KOGC_DEVICE void products(const KernelArgs& args, int layer, int kv_head, int lowest, int last) {
+    const int first = lowest / CHUNK, end = last / CHUNK + 1;
+    const auto tile = [&](int chunk) {
+      return (const Words*)(chunk_address<P>(args.kv, layer, kv_head, chunk) + warp() * (2 * TILE * DIM)) + lane();
+    };
+    const auto seen = [&](int chunk) {
+      const int base = chunk * CHUNK + warp() * TILE;
+      return base <= last && base + TILE - 1 >= lowest;
+    };
+    Words k[STEPS] = {};
+    if (seen(first)) load(k, tile(first));
+#pragma unroll 1
+    for (int chunk = first; chunk < end; chunk++) {
+      if (!seen(chunk)) {
+        if (chunk + 1 < end && seen(chunk + 1)) load(k, tile(chunk + 1));
+        continue;
+      }
+      Words v[STEPS];
+      load(v, tile(chunk) + STEPS * 32);
+      float p[TOGETHER][4];
+      KOGC_UNROLL for (int t = 0; t < TOGETHER; t++) scores(p[t], k, t, chunk * CHUNK + warp() * TILE);
+      if (chunk + 1 < end && seen(chunk + 1)) load(k, tile(chunk + 1));
+      KOGC_UNROLL for (int t = 0; t < TOGETHER; t++) softmax_[t].take(p[t], v);
+    }
+  }
+
+  static KOGC_DEVICE void load(Words (&to)[STEPS], const Words* from) { KOGC_UNROLL for (int s = 0; s < STEPS; s++) to[s] = from[s * 32]; }
+
+  // Scores of 16 positions from `base` on: p[h] for (position row(), column column() + h), p[2 + h] for row() + 8.
+  KOGC_DEVICE void scores(float (&p)[4], const Words (&k)[STEPS], int tile, int base) {
+    float c[2][2][4] = {};
+    KOGC_UNROLL for (int part = 0; part < 2; part++) {
+      const u16* from = query(tile, 8 * part + row()) + column() * 2;
+      KOGC_UNROLL for (int s = 0; s < STEPS; s++) {
+        const Quad q = *(const Quad*)(from + s * 16);
+        mma<false>(c[part][s % 2], k[s].x, k[s].y, k[s].z, k[s].w, q.low, q.high);
+      }
+    }
+    KOGC_UNROLL for (int i = 0; i < 4; i++) {
+      const int at = base + row() + i / 2 * 8;
+      p[i] = at >= lowest_[tile][i % 2] && at <= position_[tile][i % 2] ? (c[0][0][i] + c[0][1][i]) + (c[1][0][i] + c[1][1][i]) : LOWEST;
+    }
+  }
+
+  KOGC_DEVICE void finish(int tile) {
+    RunningSoftmax<DIM>& s = softmax_[tile];
+    s.add_lanes();
+    Pair* to = out(warp(), lane() & 3) + row();
+    KOGC_UNROLL for (int j = 0; j < STEPS; j++) {
+      to[j * 16] = {s.o[j][0], s.o[j][1]};
+      to[j * 16 + 8] = {s.o[j][2], s.o[j][3]};
+    }
+    if (row() == 0) {
+      to[DIM] = {s.maximum[0], s.maximum[1]};
+      to[DIM + 1] = {s.sum[0], s.sum[1]};
+    }
+    s = {};
+  }
+
+  // Hands four outputs of each column to `result(column, dimension, values)`.
+  template <class Result> KOGC_DEVICE void outputs(Result result) {
+    for (int i = thread(); i < 4 * DIM / 4; i += THREADS) {
+      const int pair = i / (DIM / 4), d = i % (DIM / 4) * 4;
+      Pair maximum = {LOWEST, LOWEST}, sum = {}, o[4] = {};
+      KOGC_UNROLL for (int w = 0; w < WARPS; w++) {
+        const Pair m = out(w, pair)[DIM];
+        maximum = {fmaxf(maximum.a, m.a), fmaxf(maximum.b, m.b)};
+      }
+      KOGC_UNROLL for (int w = 0; w < WARPS; w++) {
+        const Pair* of = out(w, pair);
+        const Pair weight = {exp2_fast(of[DIM].a - maximum.a), exp2_fast(of[DIM].b - maximum.b)};
+        sum = {sum.a + weight.a * of[DIM + 1].a, sum.b + weight.b * of[DIM + 1].b};
+        KOGC_UNROLL for (int e = 0; e < 4; e++) o[e] = {o[e].a + weight.a * of[d + e].a, o[e].b + weight.b * of[d + e].b};
+      }
+      const float a = reciprocal(sum.a), b = reciprocal(sum.b);
+      result(2 * pair, d, {o[0].a * a, o[1].a * a, o[2].a * a, o[3].a * a});
+      result(2 * pair + 1, d, {o[0].b * b, o[1].b * b, o[2].b * b, o[3].b * b});
+    }
+  }
+
+  RunningSoftmax<DIM> softmax_[TOGETHER];
+  int position_[TOGETHER][2], lowest_[TOGETHER][2];
+};
+
+}  // namespace kogc

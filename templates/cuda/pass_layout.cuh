@@ -1,0 +1,103 @@
+// A pass takes P::Pass::TOKENS tokens of a prompt through the layers at once (kogc/plan/passes.py): where its activations and
+// partial results lie, what of a phase is this block's, and how all blocks wait for one another between phases.
+#pragma once
+
+namespace kogc {
+
+constexpr int TILE_ROWS = 16;      // of a tensor-core tile: the weights that a warp multiplies at once
+constexpr int FRAGMENT_BYTES = 512;
+constexpr int STEP_COLUMNS = 32;   // columns that a lane's 16 bytes of a tile's row take part in
+constexpr int HALVES = 2;          // warps that share a tile, each with half of the tokens
+
+// A block's part of a phase's product: `tiles` tiles of rows by `fragments` fragments of their units.
+struct Part { int first_tile, tiles, first_fragment, fragments; };
+
+template <class M> struct Tiled {
+  static constexpr int UNITS_OF_TILE = TILE_ROWS / M::UNIT, FRAGMENT_COLUMNS = 256 / M::UNIT;
+  static constexpr int FRAGMENTS = M::COLUMNS_PADDED / FRAGMENT_COLUMNS;
+};
+
+template <class P, class M, class S> KOGC_DEVICE Part part() {
+  if (block() >= S::GROUPS * S::SPLITS) return {0, 0, 0, 0};
+  const int group = block() % S::GROUPS, split = block() / S::GROUPS;
+  const int tile = group * S::TILES / S::GROUPS, tile_end = (group + 1) * S::TILES / S::GROUPS;
+  const int fragment = split * Tiled<M>::FRAGMENTS / S::SPLITS, fragment_end = (split + 1) * Tiled<M>::FRAGMENTS / S::SPLITS;
+  return {tile, tile_end - tile, fragment, fragment_end - fragment};
+}
+
+// What the phases of a pass differ in. One instance of the code serves all: these are read, not compiled in.
+struct PassPhase {
+  Part part;
+  int unit, units, slice;  // rows of a unit; the phase's units; fragments of each in a stage
+  int rows_padded;
+  int x, y;                // activation and partial results, in bytes of the scratch memory
+  int split;               // which of the partial results
+};
+
+template <class P, class M, class S> KOGC_DEVICE PassPhase pass_phase(int x, int y) {
+  return {part<P, M, S>(), M::UNIT, M::BASE * P::BLOCKS + M::REMAINDER, S::SLICE, S::TILES * TILE_ROWS, x, y, block() / S::GROUPS};
+}
+template <class P> KOGC_DEVICE PassPhase pass_phase(int phase) {
+  using Q = typename P::Pass;
+  switch (phase) {
+    case QKV: return pass_phase<P, typename P::Qkv, typename Q::Qkv>(Q::NORMED, Q::QKV_PARTS);
+    case O: return pass_phase<P, typename P::O, typename Q::O>(Q::ATTENDED, Q::O_PARTS);
+    case GATE_UP: return pass_phase<P, typename P::GateUp, typename Q::GateUp>(Q::NORMED, Q::HIDDEN);
+    default: return pass_phase<P, typename P::Down, typename Q::Down>(Q::HIDDEN, Q::DOWN_PARTS);
+  }
+}
+
+// The words that a block's threads share.
+struct PassWords {
+  PassPhase phases[LAYER_PHASES];
+  float sums[WARPS];
+  i32 stop, met;  // whether the host asks to stop; how often all blocks have met
+  volatile i32 finished;
+};
+template <class P> KOGC_DEVICE PassWords& pass_words() { return *(PassWords*)(shared() + P::Pass::WORDS_OFFSET); }
+
+// Activations lie as B operands: [32 columns][8 tokens][lane][8 elements]. Four columns from `column` on of a token.
+template <class P> KOGC_DEVICE Quad* pass_activation(const KernelArgs& args, int x, int column, int token) {
+  const int at = ((column / STEP_COLUMNS * (P::Pass::TOKENS / 8) + token / 8) * LANES + token % 8 * 4 + column % STEP_COLUMNS / 8) * 16;
+  return (Quad*)(args.scratch + x + at + column % 8 * 2);
+}
+
+// Four rows of a phase's results for a token: the sum over the splits, always in the same order.
+template <class P, int SPLITS, int ROWS_PADDED> struct Parts {
+  const float* from;
+  KOGC_DEVICE Parts(const KernelArgs& args, int y, int token) : from((const float*)(args.scratch + y) + token * ROWS_PADDED) {}
+  KOGC_DEVICE float row(int i) const {
+    float v[SPLITS], sum = 0;
+    KOGC_UNROLL for (int s = 0; s < SPLITS; s++) v[s] = from[i + s * (P::Pass::TOKENS * ROWS_PADDED)];
+    KOGC_UNROLL for (int s = 0; s < SPLITS; s++) sum += v[s];
+    return sum;
+  }
+};
+
+// --- between two phases all blocks meet: a count that only grows --------------------------------------------------------
+// The barriers of a pass: eight in each layer, but in the last one, of which only keys and values are wanted.
+template <class P> struct PassOrder {
+  static constexpr int LAYER_BARRIERS = 8, BARRIERS = LAYER_BARRIERS * (P::LAYERS - 1) + 2;
+  // Those that come before the product of a phase.
+  static KOGC_DEVICE u32 before(int pass, int layer, int phase) {
+    constexpr u32 AFTER[] = {1, 4, 6, 7};
+    return pass * BARRIERS + layer * LAYER_BARRIERS + (phase == QKV ? AFTER[0] : phase == O ? AFTER[1] : phase == GATE_UP ? AFTER[2] : AFTER[3]);
+  }
+};
+
+KOGC_DEVICE u32* grid_count(const KernelArgs& args) { return (u32*)args.scratch; }
+KOGC_DEVICE i32* grid_stop(const KernelArgs& args) { return (i32*)args.scratch + 16; }
+
+// What the consumers of any block have written before it, those of all blocks see after it.
+template <class P> KOGC_DEVICE void meet(const KernelArgs& args, const Where& where) {
+  sync();
+  if (thread() == 0) {
+    add_released(grid_count(args), 1);
+    const u32 needed = ++pass_words<P>().met * P::BLOCKS;
+    Spin spin;
+    while (load_acquired(grid_count(args)) < needed) spin.step(where, WAIT_PASS, needed);
+  }
+  sync();
+}
+
+}  // namespace kogc
