@@ -17,7 +17,7 @@ from .shared_memory import HEAD_TILE, ROW_PAD, Region
 if TYPE_CHECKING:
     from .plan import Plan
 
-TOKENS = (64, 32, 16)  # of a pass
+TOKENS = (64, 32)  # of a pass
 TILE_ROWS = 16  # rows of a tensor-core tile
 MOST_TILES = 16  # that a block multiplies at a time; with more it reads the activations again
 SPLITS = (1, 2, 4, 8, 16)

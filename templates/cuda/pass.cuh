@@ -10,6 +10,7 @@ namespace kogc {
 
 template <class P> class PromptPass {
   using Q = typename P::Pass;
+  struct alignas(8) Two { float a, b; };
   template <class S> using Results = Parts<P, S::SPLITS, S::TILES * TILE_ROWS>;
 
  public:
@@ -74,19 +75,17 @@ template <class P> class PromptPass {
   template <class Value> KOGC_DEVICE void row(int token, const u16* gamma, float* residual, Value value) {
     constexpr int OWN = (P::HIDDEN + THREADS - 1) / THREADS;
     float v[OWN] = {}, squares = 0;
+    KOGC_UNROLL for (int k = 0; k < OWN; k++) if (owns(k)) v[k] = value(own(k));  // all on their way before the first is stored
     KOGC_UNROLL for (int k = 0; k < OWN; k++) {
-      const int i = thread() + k * THREADS;
-      if (i >= P::HIDDEN) continue;
-      v[k] = value(i);
-      residual[i] = v[k];
+      if (owns(k)) residual[own(k)] = v[k];
       squares += v[k] * v[k];
     }
     const float scale = reciprocal_sqrt(total(squares) * (1.0f / P::HIDDEN) + P::NORM_EPS);
-    KOGC_UNROLL for (int k = 0; k < OWN; k++) {
-      const int i = thread() + k * THREADS;
-      if (i < P::HIDDEN) *element_of(Q::NORMED, i, token) = from_float<P::FP16>(v[k] * scale * to_float<P::FP16>(gamma[i]));
-    }
+    KOGC_UNROLL for (int k = 0; k < OWN; k++)
+      if (owns(k)) store_pass<P>(args_, Q::NORMED, own(k), token, from_float<P::FP16>(v[k] * scale * to_float<P::FP16>(gamma[own(k)])));
   }
+  static KOGC_DEVICE int own(int k) { return thread() + k * THREADS; }
+  static KOGC_DEVICE bool owns(int k) { return P::HIDDEN % THREADS == 0 || own(k) < P::HIDDEN; }
 
   KOGC_DEVICE float total(float v) {
     KOGC_UNROLL for (int m = LANES / 2; m; m /= 2) v += shuffle_xor(v, m);
@@ -102,25 +101,16 @@ template <class P> class PromptPass {
     const PassPhase& p = pass_words<P>().phases[phase_];
     const int rows = p.rows_padded;
     float* parts = (float*)(args_.scratch + p.y) + p.split * (Q::TOKENS * rows);
-    PassProduct<P>().run(at_, phase_, where_, [&](int row, int token, float a, float b, float c, float d) {
-      if (phase_ == GATE_UP) return hidden(row, token, a, b, c, d);
-      float* to = parts + token * rows + row;
-      to[0] = a;
-      to[rows] = b;
-      to[8] = c;
-      to[rows + 8] = d;
+    PassProduct<P>().run(at_, phase_, where_, [&](int row, int token, const float (&y)[4]) {
+      if (phase_ == GATE_UP) {  // rows alternate: gate 0, up 0, gate 1, up 1, ...
+        if (row / 2 >= P::FFN) return;
+        store_pass<P>(args_, Q::HIDDEN, row / 2, token, from_float<P::FP16>(silu(y[0]) * y[1]));
+        store_pass<P>(args_, Q::HIDDEN, row / 2, token + 8, from_float<P::FP16>(silu(y[2]) * y[3]));
+      } else {
+        *(Two*)(parts + token * rows + row) = {y[0], y[1]};
+        *(Two*)(parts + (token + 8) * rows + row) = {y[2], y[3]};
+      }
     });
-  }
-
-  // Rows alternate: gate, up. Of two lanes with a gate row and its up row one takes the upper rows, the other the lower.
-  KOGC_DEVICE void hidden(int row, int token, float a, float b, float c, float d) {
-    const bool gate = row % 2 == 0;
-    const float first = shuffle_xor(gate ? c : a, 4), second = shuffle_xor(gate ? d : b, 4);
-    const int i = (gate ? row : row + 8) / 2;
-    const float x = gate ? silu(a) * first : silu(first) * c, y = gate ? silu(b) * second : silu(second) * d;
-    if (i >= P::FFN) return;
-    *element_of(Q::HIDDEN, i, token) = from_float<P::FP16>(x);
-    *element_of(Q::HIDDEN, i, token + 1) = from_float<P::FP16>(y);
   }
 
   // Query, key or value `row` of the QKV results, normed and rotated as it must be.
@@ -155,13 +145,12 @@ template <class P> class PromptPass {
       attention.run(args_, item, where_.layer, args_.start + first(), count(),
           [&](int token, int head) { return vector(token, head * P::HEAD_DIM, false); },
           [&](int token, int column, const float (&four)[4]) {
-            *pass_activation<P>(args_, Q::ATTENDED, column, token) = pack<P::FP16>(four[0], four[1], four[2], four[3]);
+            store_pass<P>(args_, Q::ATTENDED, column, token, pack<P::FP16>(four[0], four[1], four[2], four[3]));
           });
     }
   }
 
   template <class S> KOGC_DEVICE Results<S> parts(int y, int token) const { return Results<S>(args_, y, token); }
-  KOGC_DEVICE u16* element_of(int x, int column, int token) const { return (u16*)pass_activation<P>(args_, x, column, token); }
 
   const KernelArgs& args_;
   Where where_;

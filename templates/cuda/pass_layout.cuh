@@ -7,7 +7,8 @@ namespace kogc {
 constexpr int TILE_ROWS = 16;      // of a tensor-core tile: the weights that a warp multiplies at once
 constexpr int FRAGMENT_BYTES = 512;
 constexpr int STEP_COLUMNS = 32;   // columns that a lane's 16 bytes of a tile's row take part in
-constexpr int HALVES = 2;          // warps that share a tile, each with half of the tokens
+constexpr int TOKEN_TILE = 16;     // tokens of a tensor-core tile
+constexpr int HALVES = 2;          // warps that share a tile of rows, each with half of the tokens
 
 // A block's part of a phase's product: `tiles` tiles of rows by `fragments` fragments of their units.
 struct Part { int first_tile, tiles, first_fragment, fragments; };
@@ -56,10 +57,21 @@ struct PassWords {
 };
 template <class P> KOGC_DEVICE PassWords& pass_words() { return *(PassWords*)(shared() + P::Pass::WORDS_OFFSET); }
 
-// Activations lie as B operands: [32 columns][8 tokens][lane][8 elements]. Four columns from `column` on of a token.
-template <class P> KOGC_DEVICE Quad* pass_activation(const KernelArgs& args, int x, int column, int token) {
-  const int at = ((column / STEP_COLUMNS * (P::Pass::TOKENS / 8) + token / 8) * LANES + token % 8 * 4 + column % STEP_COLUMNS / 8) * 16;
-  return (Quad*)(args.scratch + x + at + column % 8 * 2);
+// Activations lie as A operands: [32 columns][16 tokens][first or last four of eight columns][lane][16 bytes], a lane's being
+// two columns of a token, the same of the token eight further on, and two columns more of both. The first of four columns:
+// words 0 and 2 from there are the token's.
+template <class P> KOGC_DEVICE u32* pass_activation(const KernelArgs& args, int x, int column, int token) {
+  const int tile = column / STEP_COLUMNS * (P::Pass::TOKENS / TOKEN_TILE) + token / TOKEN_TILE, half = column % 8 / 4;
+  const int lane = token % 8 * 4 + column % STEP_COLUMNS / 8;
+  return (u32*)(args.scratch + x + ((tile * 2 + half) * LANES + lane) * 16) + token % TOKEN_TILE / 8;
+}
+template <class P> KOGC_DEVICE void store_pass(const KernelArgs& args, int x, int column, int token, Quad four) {
+  u32* to = pass_activation<P>(args, x, column, token);
+  to[0] = four.low;
+  to[2] = four.high;
+}
+template <class P> KOGC_DEVICE void store_pass(const KernelArgs& args, int x, int column, int token, u16 one) {
+  ((u16*)(pass_activation<P>(args, x, column, token) + column % 4 / 2 * 2))[column % 2] = one;
 }
 
 // Four rows of a phase's results for a token: the sum over the splits, always in the same order.
