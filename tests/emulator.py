@@ -22,7 +22,7 @@ from kogc.packing import operands, write_weights
 from kogc.plan.plan import Plan
 from kogc.render import render
 from kogc.resources import data_dir
-from kogc.runtime.args import REPORT_WORDS, THREADS, Logprobs, bias_words, kernel_args, read_record, record_words
+from kogc.runtime.args import PASS_THREADS, REPORT_WORDS, THREADS, Logprobs, bias_words, kernel_args, read_record, record_words
 from kogc.sampling import GREEDY, Sampling
 
 STATUS = {1: "stalled", 2: "threads wait at a barrier for ever", 3: "violation", -1: "no memory for the stacks"}
@@ -159,7 +159,7 @@ class Emulated:
         args = kernel_args({name: b.address for name, b in buffers.items()}, start, len(tokens), 0)
         message = ctypes.create_string_buffer(200)
         status = self.library.kogc_emulate_prompt(
-            ctypes.byref(args), self.plan.blocks, THREADS, passes.memory_bytes, ctypes.c_uint64(seed), message
+            ctypes.byref(args), self.plan.blocks, PASS_THREADS, passes.memory_bytes, ctypes.c_uint64(seed), message
         )
         self.report = own["report"].bytes.view(np.uint32).tolist()
         self._check(status, message, buffers)

@@ -14,7 +14,7 @@ from ..errors import KogcError
 from ..plan.plan import Plan
 from ..sampling import MAX_BIAS
 from . import HostWords, Kernel, Program, Runtime, trace_bytes
-from .args import BIAS_BYTES, THREADS, KernelArgs
+from .args import BIAS_BYTES, PASS_THREADS, THREADS, KernelArgs
 from .driver import Driver, check_driver, check_gpu, open_gpu
 from .upload import Uploader
 
@@ -93,15 +93,15 @@ class CudaRuntime(Runtime):
             status, functions[function] = driver.cuModuleGetFunction(module, function)
             if status != driver.CUresult.CUDA_SUCCESS:
                 raise KogcError(f"{name}: has no {function.decode()}; rebuild the artifact")
-        self._check_resident(plan, functions[GENERATE], plan.memory.bytes, name)
+        self._check_resident(plan, functions[GENERATE], THREADS, plan.memory.bytes, name)
         if plan.passes:
-            self._check_resident(plan, functions[PROMPT], plan.passes.memory_bytes, name)
+            self._check_resident(plan, functions[PROMPT], PASS_THREADS, plan.passes.memory_bytes, name)
         return Kernel(plan, functions)
 
-    def _check_resident(self, plan: Plan, function: Any, shared: int, name: str) -> None:
+    def _check_resident(self, plan: Plan, function: Any, threads: int, shared: int, name: str) -> None:
         """All blocks wait for each other, so all must be on the device at once."""
         memory = self._allow_shared(function, shared)
-        each = self._driver.call("cuOccupancyMaxActiveBlocksPerMultiprocessor", function, THREADS, memory)
+        each = self._driver.call("cuOccupancyMaxActiveBlocksPerMultiprocessor", function, threads, memory)
         if each * plan.profile.sms < plan.blocks:
             room = f"{each * plan.profile.sms} blocks of this kernel fit the GPU, it has {plan.blocks}"
             raise KogcError(f"{name}: {room}; rebuild the artifact")
@@ -220,7 +220,7 @@ class CudaRuntime(Runtime):
         first.n_prompt = args.n_prompt - 1
         self._driver.call("cuMemsetD8Async", self._scratch, 0, MEETING_BYTES, self._stream)
         shared = plan.passes.memory_bytes
-        self._start(self.kernel.module[PROMPT], plan.blocks, THREADS, shared, first, cooperative=True)
+        self._start(self.kernel.module[PROMPT], plan.blocks, PASS_THREADS, shared, first, cooperative=True)
         args.start += first.n_prompt
         args.n_history += first.n_prompt
         args.prompt += 4 * first.n_prompt

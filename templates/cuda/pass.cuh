@@ -163,7 +163,7 @@ template <class P> KOGC_DEVICE void prompt(const KernelArgs& args) {
   for (int phase = thread(); phase < LAYER_PHASES; phase += block_threads()) words.phases[phase] = pass_phase<P>(phase);
   if (thread() == 0) words.finished = words.met = 0;
   PassRing<P>::init();
-  if (warp() == PRODUCER) return PassProducer<P>(args).run();
+  if (warp() >= PRODUCER) return PassProducer<P>(args).run();
   PromptPass<P> pass(args);
 #pragma unroll 1
   for (int first = 0; first < args.n_prompt; first += P::Pass::TOKENS)

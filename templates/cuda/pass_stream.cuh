@@ -1,9 +1,14 @@
 // The stream of a pass: a stage holds a slice of columns, the weights of a block's rows there and the activations of all
 // tokens. Weights are known in advance and go ahead as far as the ring allows; the activations of a stage follow when the
-// phase that makes them has ended in all blocks. All lanes of the producer's warp decide alike, and share the copies.
+// phase that makes them has ended in all blocks.
+//
+// A stage takes up to 64 copies of a kilobyte or two, and issuing one takes a warp some 70 ns: several warps share them, each
+// on its own way through the same walk. The lanes of a warp decide alike.
 #pragma once
 
 namespace kogc {
+
+constexpr int PASS_PRODUCERS = 4;
 
 template <class P> struct PassRing {
   using Q = typename P::Pass;
@@ -14,7 +19,7 @@ template <class P> struct PassRing {
   static KOGC_DEVICE void init() {
     if (thread() == 0) {
       for (int i = 0; i < Q::STAGES; i++) {
-        barrier_init(full(i), 2 * PIECE_COPIERS);  // weights and activations arrive by themselves
+        barrier_init(full(i), 2 * PIECE_COPIERS * PASS_PRODUCERS);  // weights and activations arrive by themselves
         barrier_init(empty(i), WARPS);
       }
       barrier_init_done();
@@ -124,7 +129,7 @@ template <class P> class PassWalk {
 
 template <class P> class PassProducer {
   using Q = typename P::Pass;
-  static constexpr int OWN = (Q::SWEEP_TILES * TILE_ROWS / 4 + LANES - 1) / LANES;  // units of a lane, at most
+  static_assert(Q::SWEEP_TILES * TILE_ROWS / 4 <= LANES * PASS_PRODUCERS, "a unit a lane");
 
  public:
   KOGC_DEVICE PassProducer(const KernelArgs& args) : args_(args), weights_(args), activations_(args), where_{args, 0, 0} {}
@@ -169,38 +174,36 @@ template <class P> class PassProducer {
     return true;
   }
 
-  // This lane's units of the sweep at hand.
+  static KOGC_DEVICE int producer() { return warp() - PRODUCER; }
+
+  // This lane's unit of the sweep at hand.
   KOGC_DEVICE void find_units() {
     const PassPhase& p = weights_.slices.now();
-    const int first = (p.part.first_tile + weights_.slices.sweep) * (TILE_ROWS / p.unit);
-    KOGC_UNROLL for (int k = 0; k < OWN; k++) {
-      const int i = first + k * LANES + lane();
-      from_[k] = i < p.units ? Slabs<P>::unit(args_, weights_.layer, weights_.slices.phase, i) + p.part.first_fragment * FRAGMENT_BYTES : nullptr;
-    }
+    const int i = (p.part.first_tile + weights_.slices.sweep) * (TILE_ROWS / p.unit) + lane() * PASS_PRODUCERS + producer();
+    from_ = i < p.units ? Slabs<P>::unit(args_, weights_.layer, weights_.slices.phase, i) + p.part.first_fragment * FRAGMENT_BYTES : nullptr;
   }
 
   KOGC_DEVICE void copy_weights() {
     const PassPhase& p = weights_.slices.now();
-    const int of_tile = TILE_ROWS / p.unit, fragments = weights_.slices.fragments();
+    const int of_tile = TILE_ROWS / p.unit, bytes = weights_.slices.fragments() * FRAGMENT_BYTES, stride = p.slice * FRAGMENT_BYTES;
     const int left = p.units - (p.part.first_tile + weights_.slices.sweep) * of_tile, wanted = weights_.slices.tiles() * of_tile;
-    const int count = left < wanted ? left : wanted;  // the last tile may have fewer units
+    const int units = left < wanted ? left : wanted;  // the last tile may have fewer
+    const int own = (units - producer() + PASS_PRODUCERS - 1) / PASS_PRODUCERS;
     Barrier* full = PassRing<P>::full(weights_.at.slot);
-    char* to = PassRing<P>::stage(weights_.at.slot);
-    expect_pieces(full, count * fragments * FRAGMENT_BYTES);
-    KOGC_UNROLL for (int k = 0; k < OWN; k++)
-      copy_pieces(count - k * LANES, to + k * LANES * p.slice * FRAGMENT_BYTES, p.slice * FRAGMENT_BYTES,
-                  from_[k] + weights_.slices.fragment * FRAGMENT_BYTES, fragments * FRAGMENT_BYTES, full, policy_);
+    expect_pieces(full, own * bytes);
+    copy_pieces(own, PassRing<P>::stage(weights_.at.slot) + producer() * stride, PASS_PRODUCERS * stride,
+                from_ + weights_.slices.fragment * FRAGMENT_BYTES, bytes, full, policy_);
     end_pieces(full);
   }
 
   KOGC_DEVICE void copy_activations() {
     const PassPhase& p = activations_.slices.now();
-    const int columns = 256 / p.unit;
-    const int bytes = activations_.slices.fragments() * columns * Q::TOKENS * 2;
-    const u8* from = args_.scratch + p.x + (p.part.first_fragment + activations_.slices.fragment) * columns * Q::TOKENS * 2;
+    const int column_bytes = 256 / p.unit * Q::TOKENS * 2;  // of the columns of a fragment
+    const int all = activations_.slices.fragments() * column_bytes, bytes = all / PASS_PRODUCERS;
+    const u8* from = args_.scratch + p.x + (p.part.first_fragment + activations_.slices.fragment) * column_bytes;
     Barrier* full = PassRing<P>::full(activations_.at.slot);
     expect_pieces(full, bytes);
-    copy_pieces(1, PassRing<P>::stage(activations_.at.slot) + Q::STAGE_BYTES - bytes, 0, from, bytes, full, keep_);
+    copy_pieces(1, PassRing<P>::stage(activations_.at.slot) + Q::STAGE_BYTES - all + producer() * bytes, 0, from + producer() * bytes, bytes, full, keep_);
     end_pieces(full);
   }
 
@@ -221,7 +224,7 @@ template <class P> class PassProducer {
   const KernelArgs& args_;
   const CachePolicy policy_ = read_once(), keep_ = read_again();
   PassWalk<P> weights_, activations_;
-  const u8* from_[OWN] = {};
+  const u8* from_ = nullptr;
   int ahead_ = 0;  // stages whose weights are on their way, and whose activations are not
   u32 seen_ = 0;
   Where where_;
