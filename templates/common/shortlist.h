@@ -66,7 +66,10 @@ template <class P> class Shortlist {
   struct Found {  // a row that top-k may admit
     float distance;  // below the largest
     u32 fixed;       // the same as limits measure it
-    u64 mass, closer_mass;
+    union {
+      u64 key, closer_mass;  // as collected, until the other rows are looked at
+    };
+    u64 mass;
     int row;
     bool last, admitted;  // last of its block's list; by top-k
   };
@@ -159,32 +162,52 @@ template <class P> class Shortlist {
     Area& a = area();
     KOGC_UNROLL for (int k = 0; k < EACH; k++) {
       if (!listed[k]) continue;
-      const float d = distance(listed[k]);
-      const u32 fixed = fixed_distance(d);
+      const u32 fixed = fixed_distance(distance(listed[k]));
       if (fixed > limit || (args_.top_p && fixed == FARTHEST)) continue;
       const u32 at = take_place(&a.count);
-      const bool last = (thread() + k * THREADS) % LENGTH == LENGTH - 1;
-      if (at < CAPACITY) a.found[at] = {d, fixed, fixed_mass(d), 0, row_of(listed[k]), last, false};
+      if (at >= CAPACITY) continue;
+      a.found[at].key = listed[k];
+      a.found[at].last = (thread() + k * THREADS) % LENGTH == LENGTH - 1;
+    }
+    sync();
+    // The rest is for few rows, and written once: code that runs once a token is slow to come.
+    for (int i = thread(); i < (int)a.count && i < CAPACITY; i += THREADS) {
+      Found& own = a.found[i];
+      const u64 key = own.key;
+      own.distance = distance(key);
+      own.fixed = fixed_distance(own.distance);
+      own.mass = fixed_mass(own.distance);
+      own.row = row_of(key);
+      own.admitted = false;
     }
     sync();
   }
 
-  // The mass of the rows that top-k admits; DOUBTFUL where one is the last of its list.
+  // The mass of the rows that top-k admits; DOUBTFUL where one is the last of its list. Several threads share what a row
+  // has to be compared with.
   KOGC_DEVICE u64 admit_top_k() {
+    constexpr int WAYS = THREADS >= 4 * LANES ? 4 : 1;
     Area& a = area();
-    const int count = (int)a.count;
+    const int count = (int)a.count, way = thread() % WAYS;
     u64 mass = 0;
-    for (int i = thread(); i < count; i += THREADS) {
-      Found& own = a.found[i];
-      const u32 fixed = own.fixed;
+    for (int first = 0; first < count; first += THREADS / WAYS) {
+      const int i = first + thread() / WAYS;
+      const u32 fixed = i < count ? a.found[i].fixed : 0;
       u64 closer_mass = 0, tied_mass = 0;
       int closer = 0;
-      for (int j = 0; j < count; j++) {
+      for (int j = way; j < count; j += WAYS) {
         const Found& other = a.found[j];
         closer += other.fixed < fixed;
         closer_mass += other.fixed < fixed ? other.mass : 0;
         tied_mass += other.fixed == fixed ? other.mass : 0;
       }
+      KOGC_UNROLL for (int m = 1; m < WAYS; m *= 2) {
+        closer += shuffle_xor(closer, m);
+        closer_mass += shuffle_xor(closer_mass, m);
+        tied_mass += shuffle_xor(tied_mass, m);
+      }
+      if (i >= count || way != 0) continue;
+      Found& own = a.found[i];
       own.admitted = closer < args_.top_k;
       own.closer_mass = closer_mass;
       if (own.admitted) mass = larger(mass, (closer_mass + tied_mass) | (own.last ? DOUBTFUL : 0));
