@@ -23,6 +23,11 @@
 #include "common/sampling.h"
 #include "common/decoder.h"
 #include "cuda/kernels.cuh"
+#include "cuda/pass_layout.cuh"
+#include "cuda/pass_stream.cuh"
+#include "cuda/pass_product.cuh"
+#include "cuda/pass_attention.cuh"
+#include "cuda/pass.cuh"
 
 namespace kogc {
 
@@ -87,12 +92,26 @@ struct Plan {
   static constexpr int RESIDUAL_OFFSET = 221184;
   static constexpr int REDUCE_OFFSET = 229376, BARRIER_OFFSET = 229888;
   static constexpr int SHARED_BYTES = 230080;
+  // passes of many tokens
+  struct Pass {
+    static constexpr int TOKENS = 64, STAGES = 3, STAGE_BYTES = 69632;
+    static constexpr int TILES_TOGETHER = 2, SWEEP_TILES = 8;
+    static constexpr int RING_OFFSET = 0, ATTENTION_OFFSET = 208896, WORDS_OFFSET = 231424, BARRIERS_OFFSET = 231936;
+    static constexpr int BARRIER = 0, RESIDUAL = 128, NORMED = 524416, ATTENDED = 786560, HIDDEN = 1048704, QKV_PARTS = 2097280, O_PARTS = 5243008, DOWN_PARTS = 7340160;
+    struct Qkv { static constexpr int TILES = 192, GROUPS = 32, SPLITS = 4, SLICE = 6; };
+    struct O { static constexpr int TILES = 128, GROUPS = 32, SPLITS = 4, SLICE = 8; };
+    struct GateUp { static constexpr int TILES = 1024, GROUPS = 128, SPLITS = 1, SLICE = 5; };
+    struct Down { static constexpr int TILES = 128, GROUPS = 16, SPLITS = 8, SLICE = 5; };
+  };
 };
 
 }  // namespace kogc
 
 KOGC_KERNEL void KOGC_BOUNDS(288) kogc_generate(KOGC_PARAMETER kogc::KernelArgs args) {
   kogc::generate<kogc::Plan>(args);
+}
+KOGC_KERNEL void KOGC_BOUNDS(384) kogc_prompt(KOGC_PARAMETER kogc::KernelArgs args) {
+  kogc::prompt<kogc::Plan>(args);
 }
 KOGC_KERNEL void kogc_fill(kogc::u16* to, kogc::u64 n, kogc::u32 seed, float amplitude, int fp16) { kogc::fill(to, n, seed, amplitude, fp16); }
 KOGC_KERNEL void KOGC_BOUNDS(288) kogc_read_ceiling(const void* from, kogc::u64 bytes, kogc::u32* sink) { kogc::read_ceiling<kogc::Plan>(from, bytes, sink); }

@@ -23,6 +23,11 @@
 #include "common/sampling.h"
 #include "common/decoder.h"
 #include "cuda/kernels.cuh"
+#include "cuda/pass_layout.cuh"
+#include "cuda/pass_stream.cuh"
+#include "cuda/pass_product.cuh"
+#include "cuda/pass_attention.cuh"
+#include "cuda/pass.cuh"
 
 namespace kogc {
 
@@ -87,12 +92,26 @@ struct Plan {
   static constexpr int RESIDUAL_OFFSET = 218368;
   static constexpr int REDUCE_OFFSET = 222464, BARRIER_OFFSET = 222976;
   static constexpr int SHARED_BYTES = 223168;
+  // passes of many tokens
+  struct Pass {
+    static constexpr int TOKENS = 64, STAGES = 3, STAGE_BYTES = 63488;
+    static constexpr int TILES_TOGETHER = 1, SWEEP_TILES = 4;
+    static constexpr int RING_OFFSET = 0, ATTENTION_OFFSET = 190464, WORDS_OFFSET = 228864, BARRIERS_OFFSET = 229376;
+    static constexpr int BARRIER = 0, RESIDUAL = 128, NORMED = 262272, ATTENDED = 393344, HIDDEN = 655488, QKV_PARTS = 1048704, O_PARTS = 3145856, DOWN_PARTS = 5243008;
+    struct Qkv { static constexpr int TILES = 256, GROUPS = 64, SPLITS = 2, SLICE = 6; };
+    struct O { static constexpr int TILES = 64, GROUPS = 16, SPLITS = 8, SLICE = 4; };
+    struct GateUp { static constexpr int TILES = 384, GROUPS = 128, SPLITS = 1, SLICE = 8; };
+    struct Down { static constexpr int TILES = 64, GROUPS = 16, SPLITS = 8, SLICE = 6; };
+  };
 };
 
 }  // namespace kogc
 
 KOGC_KERNEL void KOGC_BOUNDS(288) kogc_generate(KOGC_PARAMETER kogc::KernelArgs args) {
   kogc::generate<kogc::Plan>(args);
+}
+KOGC_KERNEL void KOGC_BOUNDS(384) kogc_prompt(KOGC_PARAMETER kogc::KernelArgs args) {
+  kogc::prompt<kogc::Plan>(args);
 }
 KOGC_KERNEL void kogc_fill(kogc::u16* to, kogc::u64 n, kogc::u32 seed, float amplitude, int fp16) { kogc::fill(to, n, seed, amplitude, fp16); }
 KOGC_KERNEL void KOGC_BOUNDS(288) kogc_read_ceiling(const void* from, kogc::u64 bytes, kogc::u32* sink) { kogc::read_ceiling<kogc::Plan>(from, bytes, sink); }

@@ -12,6 +12,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from . import trace as tracing
 from .compare import Comparison, compare, require
 from .errors import KogcError, UsageError
@@ -33,7 +35,8 @@ class Speed:
     """One row: n tokens generated from `depth`. Rates are medians over the repeats; bytes are what must be read.
 
     spread: standard deviation of tokens_per_second over the repeats. share: of the memory's read ceiling, measured in
-    the same run; weights that stay in a cache may be read faster than that.
+    the same run; weights that stay in a cache may be read faster than that. Of a prompt (`pp`), whose tokens share
+    what is read, n tokens go in and the rate is theirs until the first new token is there; bytes and share are 0.
     """
 
     test: str
@@ -57,23 +60,26 @@ def run_bench(
     trace: Path | None = None,
     steady: bool = False,
     sample: bool = False,
+    prompts: Sequence[int] = (),
 ) -> dict[str, Any]:
     """Load an artifact, compare it with the reference, and time n tokens at each depth. Speeds in tokens/s, bytes/s.
 
     Prints the table, unless the caller wants to print the result as JSON. KogcError if the comparison fails (nothing
     is timed then) or a depth does not fit the context. phases, trace: also profile a tracing build of the same plan at
     the first depth, as a table or as a Chrome trace file; the speeds are the plain kernel's. steady: also time each of
-    2,000 tokens from the first depth. sample: one more row at the first depth, with tokens drawn.
+    2,000 tokens from the first depth. sample: one more row at the first depth, with tokens drawn. prompts: also time
+    prompts of so many tokens, from an empty context.
     """
     with load(Path(artifact_dir), device, sampling=GREEDY) as session:
         runtime = session.runtime
-        _check(runtime.plan, n, depths, repeat)
+        _check(runtime.plan, n, depths, repeat, prompts)
         comparison = compare(runtime, tuple(depths))
         require(comparison)
         ceiling = runtime.read_bandwidth()
         speeds = [_speed(runtime, depth, n, repeat, ceiling) for depth in depths]
         if sample:
             speeds.append(_speed(runtime, depths[0], n, repeat, ceiling, SAMPLED))
+        speeds += [_prompt_speed(runtime, count, repeat) for count in prompts]
         result = _result(runtime, speeds, ceiling, repeat, comparison)
         evenness = watch(runtime, depths[0]) if steady else None
         profile = _profile(runtime, depths[0]) if phases or trace else None
@@ -106,13 +112,15 @@ def table(result: dict[str, Any]) -> str:
     return "\n".join([line(rows[0]), rule, *map(line, rows[1:]), f"comparison: {result['comparison']['summary']}"])
 
 
-def _check(plan: Plan, n: int, depths: Sequence[int], repeat: int) -> None:
-    if n < 1 or repeat < 1 or not depths or min(depths) < 0:
+def _check(plan: Plan, n: int, depths: Sequence[int], repeat: int, prompts: Sequence[int]) -> None:
+    if n < 1 or repeat < 1 or not depths or min(depths) < 0 or min(prompts, default=1) < 1:
         raise UsageError("bench needs at least one token, one repeat and one depth, none of them negative")
-    longest = max(depths) + 1 + n
-    if longest > plan.max_context:
-        have = f"the artifact has {plan.max_context}: rebuild with a larger --max-context, or choose another -d or -n"
-        raise KogcError(f"depth {max(depths)} and {n} tokens need {longest} positions, {have}")
+    wanted = {f"depth {max(depths)} and {n} tokens": max(depths) + 1 + n}
+    wanted |= {f"a prompt of {count} tokens and one more": count + 1 for count in prompts}
+    for what, longest in wanted.items():
+        if longest > plan.max_context:
+            have = f"the artifact has {plan.max_context}: rebuild with a larger --max-context, or ask for less"
+            raise KogcError(f"{what} need {longest} positions, {have}")
 
 
 def _speed(runtime: Runtime, depth: int, n: int, repeat: int, ceiling: float, sampling: Sampling = GREEDY) -> Speed:
@@ -131,6 +139,17 @@ def _speed(runtime: Runtime, depth: int, n: int, repeat: int, ceiling: float, sa
     spread = statistics.stdev(rates) if repeat > 1 else 0.0
     test = f"tg{n}" + (f" @ d{depth}" if depth else "") + ("" if sampling.greedy else " sampled")
     return Speed(test, depth, n, rate, spread, per_token, per_token * rate, per_token * rate / ceiling)
+
+
+def _prompt_speed(runtime: Runtime, n: int, repeat: int) -> Speed:
+    """A prompt of n random tokens, up to the first new one."""
+    rng = np.random.default_rng(n)
+    prompt = tuple(int(token) for token in rng.integers(0, runtime.plan.spec.vocab, n))
+    request = Request(prompt, max_new=1)
+    runtime.run(request)
+    rates = [n / (runtime.run(request).milliseconds / 1e3) for _ in range(repeat)]
+    spread = statistics.stdev(rates) if repeat > 1 else 0.0
+    return Speed(f"pp{n}", 0, n, statistics.median(rates), spread, 0.0, 0.0, 0.0)
 
 
 def _profile(runtime: Runtime, depth: int) -> tracing.Trace:
@@ -169,7 +188,9 @@ def _result(
 
 
 def _row(result: dict[str, Any], speed: dict[str, Any]) -> tuple[str, ...]:
-    error = next(d["relative_error"] for d in result["comparison"]["depths"] if d["depth"] == speed["depth"])
+    prompt = not speed["bytes_per_token"]
+    checks = [d for d in result["comparison"]["depths"] if d["depth"] == speed["depth"]]
+    error = checks[-1 if prompt else 0]["relative_error"]
     model = result["model"] + (" (dummy)" if result["dummy_weights"] else "")
     return (
         f"{model} {result['dtype']}",
@@ -177,9 +198,9 @@ def _row(result: dict[str, Any], speed: dict[str, Any]) -> tuple[str, ...]:
         f"{result['gpu']} x{result['blocks']}",
         speed["test"],
         f"{speed['tokens_per_second']:.2f} ± {speed['spread']:.2f}",
-        f"{speed['bytes_per_token'] / 1e9:.3f}",
-        f"{speed['bytes_per_second'] / 1e9:.1f}",
+        "" if prompt else f"{speed['bytes_per_token'] / 1e9:.3f}",
+        "" if prompt else f"{speed['bytes_per_second'] / 1e9:.1f}",
         f"{result['ceiling_bytes_per_second'] / 1e9:.1f}",
-        f"{100 * speed['share']:.1f} %",
+        "" if prompt else f"{100 * speed['share']:.1f} %",
         f"passed {error:.1e}",
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -31,6 +32,7 @@ class Depth:
     """The comparison at one depth. relative_error: the worst position's, and its limit; both without unit.
 
     decided: positions whose best token is clear; agreeing: those of them where kernel and reference choose the same.
+    in_passes: what came before the positions went through the model in passes of many tokens.
     """
 
     depth: int
@@ -39,6 +41,11 @@ class Depth:
     limit: float
     decided: int
     agreeing: int
+    in_passes: bool = False
+
+    @property
+    def where(self) -> str:
+        return f"depth {self.depth}" + (" after passes" if self.in_passes else "")
 
 
 @dataclass(frozen=True)
@@ -62,9 +69,9 @@ class Comparison:
         for d in self.depths:
             if not d.relative_error <= d.limit:  # written so that NaN fails
                 error = f"relative logit error {d.relative_error:.2e} (limit {d.limit:.1e})"
-                found.append(f"depth {d.depth}: {error}")
+                found.append(f"{d.where}: {error}")
             if d.agreeing < d.decided:
-                found.append(f"depth {d.depth}: {d.decided - d.agreeing} of {d.decided} clear greedy tokens differ")
+                found.append(f"{d.where}: {d.decided - d.agreeing} of {d.decided} clear greedy tokens differ")
         return found
 
     def to_json(self) -> dict[str, Any]:
@@ -72,7 +79,7 @@ class Comparison:
 
     def summary(self) -> str:
         """One line for people."""
-        where = ", ".join(f"{d.positions} at depth {d.depth}" for d in self.depths)
+        where = ", ".join(f"{d.positions} at {d.where}" for d in self.depths)
         errors = ", ".join(f"{d.relative_error:.1e} (limit {d.limit:.1e})" for d in self.depths)
         decided, agreeing = sum(d.decided for d in self.depths), sum(d.agreeing for d in self.depths)
         return (
@@ -88,9 +95,9 @@ def compare(runtime: Runtime, depths: tuple[int, ...] = (), seed: int = 0) -> Co
     """
     rng = np.random.default_rng(seed)
     weights = _weights(runtime)
-    start, repeatable, consistent = _at_start(runtime, weights, rng)
+    at_start, repeatable, consistent = _at_start(runtime, weights, rng)
     deeper = [_at_depth(runtime, weights, rng, d) for d in depths if d > 0]
-    return Comparison((start, *deeper), repeatable, consistent)
+    return Comparison((*at_start, *deeper), repeatable, consistent)
 
 
 def require(comparison: Comparison) -> None:
@@ -133,7 +140,31 @@ class RoundedReference(Reference):
         return to_float32(convert(np.ascontiguousarray(x), "fp32", dtype), dtype)
 
 
-def _at_start(runtime: Runtime, weights: SlabWeights, rng: np.random.Generator) -> tuple[Depth, bool, bool]:
+class Expected:
+    """Logits of the reference after `prompt`, and the error that rounding alone would give."""
+
+    def __init__(self, weights: SlabWeights, prompt: tuple[int, ...], past: list[KeyValue] | None) -> None:
+        self._weights, self._prompt, self._past = weights, prompt, past
+        self._spec = weights.plan.spec
+        self._exact = Reference(self._spec, weights).logits(prompt, past)
+
+    @cached_property
+    def _rounded(self) -> F32:
+        return RoundedReference(self._spec, self._weights).logits(self._prompt, self._past)
+
+    def check(self, depth: int, ours: F32, in_passes: bool = False) -> Depth:
+        """`ours`: the logits of the last positions, as many as it has rows."""
+        exact = self._exact[-len(ours) :]
+        error, limit = _relative(ours, exact), LIMITS[self._spec.dtype]
+        if error > limit:
+            limit = max(limit, ROUNDING * _relative(self._rounded[-len(ours) :], exact))
+        top = np.partition(exact, -2, axis=1)[:, -2:] if exact.shape[1] > 1 else exact.repeat(2, axis=1)
+        decided = top[:, 1] - top[:, 0] > DECIDED * np.abs(ours - exact).max()
+        agreeing = decided & (ours.argmax(axis=1) == exact.argmax(axis=1))
+        return Depth(depth, len(ours), error, limit, int(decided.sum()), int(agreeing.sum()), in_passes)
+
+
+def _at_start(runtime: Runtime, weights: SlabWeights, rng: np.random.Generator) -> tuple[list[Depth], bool, bool]:
     """The comparison at depth 0, whether a second run is bit-identical, and whether tokens follow from logits."""
     count = min(POSITIONS, runtime.plan.max_context)
     prompt = _tokens(runtime, rng, count)
@@ -143,7 +174,14 @@ def _at_start(runtime: Runtime, weights: SlabWeights, rng: np.random.Generator) 
     assert second.logits is not None
     same = first.tokens == second.tokens and np.array_equal(first.logits.view("u4"), second.logits.view("u4"))
     consistent = not request.max_new or first.tokens[:1] == [int(first.logits[-1].argmax())]
-    return _check(0, weights, first.logits, prompt, None), same, consistent
+    expected = Expected(weights, prompt, None)
+    checks = [expected.check(0, first.logits)]
+    if runtime.plan.passes and count > 1 and request.max_new:
+        _run(runtime, Request(prompt, max_new=1))
+        logits = _run(runtime, Request(prompt[-1:], count - 1, logits=True)).logits
+        assert logits is not None
+        checks.append(expected.check(0, logits, in_passes=True))
+    return checks, same, consistent
 
 
 def _at_depth(runtime: Runtime, weights: SlabWeights, rng: np.random.Generator, depth: int) -> Depth:
@@ -152,7 +190,7 @@ def _at_depth(runtime: Runtime, weights: SlabWeights, rng: np.random.Generator, 
     past = [_past(runtime, layer, depth) for layer in range(runtime.plan.spec.layers)]
     logits = _run(runtime, Request(prompt, depth, logits=True)).logits
     assert logits is not None
-    return _check(depth, weights, logits, prompt, past)
+    return Expected(weights, prompt, past).check(depth, logits)
 
 
 def _run(runtime: Runtime, request: Request) -> Result:
@@ -173,19 +211,6 @@ def _past(runtime: Runtime, layer: int, positions: int) -> KeyValue:
         raw = runtime.download("kv", offset, count).view(np.uint16)
         heads.append(unpack_kv(plan, plan.target, raw.reshape(-1, chunk // 2), positions))
     return np.stack([k for k, _ in heads]), np.stack([v for _, v in heads])
-
-
-def _check(depth: int, weights: SlabWeights, ours: F32, prompt: tuple[int, ...], past: list[KeyValue] | None) -> Depth:
-    spec = weights.plan.spec
-    exact = Reference(spec, weights).logits(prompt, past)
-    error, limit = _relative(ours, exact), LIMITS[spec.dtype]
-    if error > limit:
-        rounded = RoundedReference(spec, weights).logits(prompt, past)
-        limit = max(limit, ROUNDING * _relative(rounded, exact))
-    top = np.partition(exact, -2, axis=1)[:, -2:] if exact.shape[1] > 1 else exact.repeat(2, axis=1)
-    decided = top[:, 1] - top[:, 0] > DECIDED * np.abs(ours - exact).max()
-    agreeing = decided & (ours.argmax(axis=1) == exact.argmax(axis=1))
-    return Depth(depth, len(ours), error, limit, int(decided.sum()), int(agreeing.sum()))
 
 
 def _relative(ours: F32, exact: F32) -> float:

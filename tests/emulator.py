@@ -22,7 +22,16 @@ from kogc.packing import operands, write_weights
 from kogc.plan.plan import Plan
 from kogc.render import render
 from kogc.resources import data_dir
-from kogc.runtime.args import PASS_THREADS, REPORT_WORDS, THREADS, Logprobs, bias_words, kernel_args, read_record, record_words
+from kogc.runtime.args import (
+    PASS_THREADS,
+    REPORT_WORDS,
+    THREADS,
+    Logprobs,
+    bias_words,
+    kernel_args,
+    read_record,
+    record_words,
+)
 from kogc.sampling import GREEDY, Sampling
 
 STATUS = {1: "stalled", 2: "threads wait at a barrier for ever", 3: "violation", -1: "no memory for the stacks"}

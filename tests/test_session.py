@@ -46,9 +46,9 @@ def test_arguments_have_the_layout_of_the_header() -> None:
     names = [name for line in lines for name in re.findall(r"(\w+)(?:\[\w+\])?\s*[,;]", line)]
     assert names == [field[0] for field in KernelArgs._fields_]
     assert tuple(names[: len(POINTERS)]) == POINTERS
-    places = {"start": 104, "n_stop": 116, "stop": 120, "trace": 184, "seed": 208, "choice": 216, "presence": 256}
+    places = {"start": 104, "n_stop": 116, "stop": 120, "trace": 184, "seed": 216, "choice": 224, "presence": 264}
     assert {name: getattr(KernelArgs, name).offset for name in places} == places
-    assert ctypes.sizeof(KernelArgs) == 264
+    assert ctypes.sizeof(KernelArgs) == 272
 
 
 def test_sites_are_those_of_the_header() -> None:

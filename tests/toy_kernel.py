@@ -47,11 +47,20 @@ class ToyKernel:
         self.stall: list[int] | None = None
         self.fail = 0
         self.launches: list[SimpleNamespace] = []
+        self._ahead: list[int] = []  # of the prompt, what passes of many tokens have taken
+
+    def take_passes(self, args: KernelArgs) -> None:
+        """The launch before run(): all of a prompt but its last token."""
+        assert args.scratch
+        self._ahead = [int(t) for t in ints(args.prompt, args.n_prompt)]
 
     def run(self, args: KernelArgs) -> int:
         prompt = [int(t) for t in ints(args.prompt, args.n_prompt)]
         stop = list(args.stop[: args.n_stop])
-        self.launches.append(SimpleNamespace(prompt=prompt, start=args.start, max_new=args.max_new, stop=stop))
+        ahead, self._ahead = self._ahead, []
+        whole, start = ahead + prompt, args.start - len(ahead)
+        launch = SimpleNamespace(prompt=whole, start=start, max_new=args.max_new, stop=stop, in_passes=len(ahead))
+        self.launches.append(launch)
         self._note_sampling(args)
         if args.logits:
             self._write_logits(args, prompt)
@@ -76,7 +85,7 @@ class ToyKernel:
         launch.choice, launch.seed, launch.top_k = args.choice, args.seed, args.top_k
         launch.bias = list(zip(bias[::2].tolist(), bias[1::2].copy().view(np.float32).tolist(), strict=True))
         before = args.prompt - 4 * args.n_history
-        launch.history = [int(t) for t in ints(before, args.n_history)]
+        launch.history = [int(t) for t in ints(before, args.n_history - launch.in_passes)]
 
     def _write_record(self, args: KernelArgs, made: int, token: int) -> None:
         """The token itself is the likeliest, at -0.5; the one after it comes next, at -1.5, and so on."""
@@ -290,10 +299,13 @@ class ToyDriver:
 
     def cuLaunchCooperativeKernel(self, function: bytes, *rest: Any) -> Any:
         assert len(rest) == 9, "grid, block, shared memory, stream, parameters"
-        assert function == b"kogc_generate"
         assert rest[6] == self.shared[function], "shared memory beyond the default is opted into before the launch"
         pointer = ctypes.cast(rest[8], ctypes.POINTER(ctypes.c_void_p))[0]
         args = KernelArgs.from_buffer_copy(KernelArgs.from_address(pointer))
+        if function == b"kogc_prompt":
+            self.kernel.take_passes(args)
+            return (Status.CUDA_SUCCESS,)
+        assert function == b"kogc_generate"
 
         def work() -> None:
             failed = self.kernel.run(args)

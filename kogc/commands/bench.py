@@ -14,13 +14,21 @@ if TYPE_CHECKING:
 
 
 def _depths(ctx: click.Context, param: click.Parameter, value: str) -> list[int]:
+    return _numbers(value, 0, "depths such as 0,512,4096")
+
+
+def _prompts(ctx: click.Context, param: click.Parameter, value: str | None) -> list[int]:
+    return [] if value is None else _numbers(value, 1, "numbers of tokens such as 512,4096")
+
+
+def _numbers(value: str, least: int, what: str) -> list[int]:
     try:
-        depths = [int(word) for word in value.split(",")]
+        numbers = [int(word) for word in value.split(",")]
     except ValueError:
-        depths = [-1]
-    if min(depths) < 0:
-        raise click.BadParameter(f"{value}: not a list of depths such as 0,512,4096")
-    return depths
+        numbers = [least - 1]
+    if min(numbers) < least:
+        raise click.BadParameter(f"{value}: not a list of {what}")
+    return numbers
 
 
 def _knobs(words: tuple[str, ...]) -> Knobs | None:
@@ -46,6 +54,7 @@ def _knobs(words: tuple[str, ...]) -> Knobs | None:
 @click.option("--knob", "knobs", multiple=True, metavar="NAME=N", help="A knob of that build; the rest: defaults.")
 @click.option("-n", "count", type=click.IntRange(min=1), default=128, show_default=True, help="Tokens to generate.")
 @click.option("-d", "depths", default="0,512,4096", show_default=True, callback=_depths, help="Context depths.")
+@click.option("-p", "prompts", metavar="LIST", callback=_prompts, help="Also time prompts of so many tokens.")
 @click.option("--repeat", type=click.IntRange(min=1), default=3, show_default=True, help="Timed runs of each depth.")
 @click.option("--sample", is_flag=True, help="Also time tokens that are drawn, with filters and penalties.")
 @click.option("--steady", is_flag=True, help="Also time each of 2,000 tokens, from the first depth.")
@@ -61,6 +70,7 @@ def command(
     knobs: tuple[str, ...],
     count: int,
     depths: list[int],
+    prompts: list[int],
     repeat: int,
     sample: bool,
     steady: bool,
@@ -81,6 +91,7 @@ def command(
     chosen: dict[str, Any] = {
         "n": count,
         "depths": depths,
+        "prompts": prompts,
         "repeat": repeat,
         "phases": phases,
         "trace": trace,

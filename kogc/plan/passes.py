@@ -1,13 +1,15 @@
 """Passes of many tokens: how a prompt goes through the layers, a tile of tokens at a time.
 
-A token alone is a mat-vec: every block multiplies its own slab and the vectors are small. With 64 tokens the activations
-are as large as the weights, and a block that multiplied its own rows with all of them would read more activations than
-weights. So a pass cuts each phase anew, in *tiles* of 16 rows: blocks form `groups` times `splits`, a group shares the
-rows, and a split of its blocks the columns. The slabs stay as they are; a block copies from whichever slab holds its part.
+A token alone is a mat-vec: every block multiplies its own slab and the vectors are small. With 64 tokens the
+activations are as large as the weights, and a block that multiplied its own rows with all of them would read more
+activations than weights. So a pass cuts each phase anew, in *tiles* of 16 rows: blocks form `groups` times `splits`, a
+group shares the rows, and a split of its blocks the columns. The slabs stay as they are; a block copies from whichever
+slab holds its part.
 """
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -19,7 +21,7 @@ if TYPE_CHECKING:
 
 TOKENS = (64, 32)  # of a pass
 TILE_ROWS = 16  # rows of a tensor-core tile
-MOST_TILES = 16  # that a block multiplies at a time; with more it reads the activations again
+MOST_TILES = (16, 8, 4)  # that a block multiplies at a time; with more it reads the activations again
 SPLITS = (1, 2, 4, 8, 16)
 STAGES = 3  # of the ring, each with weights and the activations that they meet: larger slices, fewer copies
 FEWEST_STAGES = 2
@@ -30,10 +32,14 @@ LAYER_BARRIERS = 8  # of all blocks, in a layer
 
 @dataclass(frozen=True)
 class Product:
-    """A phase of a pass: Y[rows, tokens] = W X over `groups` of blocks by rows, and `splits` of each by columns."""
+    """A phase of a pass: Y[rows, tokens] = W X over `groups` of blocks by rows, and `splits` of each by columns.
+
+    most_swept: tiles that a block multiplies at a time.
+    """
 
     phase: MatVec
     tokens: int
+    most_swept: int
     groups: int
     splits: int
 
@@ -62,8 +68,8 @@ class Product:
 
     @property
     def sweep_tiles(self) -> int:
-        """Tiles that a block multiplies at a time."""
-        return min(self.most_tiles, MOST_TILES)
+        """Tiles that the busiest block multiplies at a time."""
+        return min(self.most_tiles, self.most_swept)
 
     def slice_bytes(self, fragments: int) -> int:
         """Bytes of a stage that holds so many fragments of each unit, and the activations of their columns."""
@@ -75,7 +81,7 @@ class Product:
         """Bytes that the busiest block moves: weights, activations, and partial results there and back."""
         rows = self.most_tiles * TILE_ROWS
         columns = self.most_fragments * self.fragment_columns
-        sweeps = -(-self.most_tiles // MOST_TILES)
+        sweeps = -(-self.most_tiles // self.most_swept)
         return rows * columns * 2 + sweeps * columns * self.tokens * 2 + 2 * rows * self.tokens * 4
 
 
@@ -112,11 +118,12 @@ def passes(plan: Plan) -> Passes | None:
     """How `plan`'s model takes a prompt, with as many tokens at a time as a block's memory holds; None for none."""
     if plan.target != "cuda":
         return None
-    return next((found for tokens in TOKENS if (found := _passes(plan, tokens))), None)
+    ways = itertools.product(TOKENS, MOST_TILES)
+    return next((found for tokens, tiles in ways if (found := _passes(plan, tokens, tiles))), None)
 
 
-def _passes(plan: Plan, tokens: int) -> Passes | None:
-    products = tuple(_cut(phase, plan.blocks, tokens) for phase in plan.layer_phases)
+def _passes(plan: Plan, tokens: int, most_tiles: int) -> Passes | None:
+    products = tuple(_cut(phase, plan.blocks, tokens, most_tiles) for phase in plan.layer_phases)
     spec = plan.spec
     column_tiles = -(-tokens * spec.group // HEAD_TILE)
     # Two tiles share what is read of the cache, where blocks have two and registers hold them.
@@ -138,15 +145,19 @@ def _passes(plan: Plan, tokens: int) -> Passes | None:
         ("normed", tokens * plan.hidden_padded * 2),
         ("attended", tokens * plan.layer_phases[1].columns_padded * 2),
         ("hidden", tokens * plan.layer_phases[3].columns_padded * 2),
-        *((f"{p.phase.name}_parts", p.splits * tokens * p.rows_padded * 4) for p in products if p.phase.name != "gate_up"),
+        *(
+            (f"{p.phase.name}_parts", p.splits * tokens * p.rows_padded * 4)
+            for p in products
+            if p.phase.name != "gate_up"
+        ),
     )
     return Passes(tokens, products, together, stages, stage_bytes, *memory, *scratch)
 
 
-def _cut(phase: MatVec, blocks: int, tokens: int) -> Product:
+def _cut(phase: MatVec, blocks: int, tokens: int, most_tiles: int) -> Product:
     """The cut with the least traffic; gate and up meet in one block, so theirs must not be split."""
     splits = SPLITS[:1] if phase.name == "gate_up" else SPLITS
-    cuts = [Product(phase, tokens, blocks // s, s) for s in splits if s <= min(blocks, phase.fragments)]
+    cuts = [Product(phase, tokens, most_tiles, blocks // s, s) for s in splits if s <= min(blocks, phase.fragments)]
     return min(cuts, key=lambda product: product.traffic)
 
 

@@ -26,9 +26,9 @@ KOGC_DEVICE void start_copy(void* to, const void* from, int bytes, Barrier* b, C
 // Copies of several pieces, piece i from the `from` of lane i: all lanes share each.
 constexpr int PIECE_COPIERS = LANES;  // arrivals of expect_pieces() and end_pieces() together
 KOGC_DEVICE void expect_pieces(Barrier*, int) {}
-KOGC_DEVICE void copy_pieces(int count, char* to, int stride, const u8* from, int bytes, Barrier*, CachePolicy policy) {
+KOGC_DEVICE void copy_pieces(int count, char* to, int stride, const u8* from, int bytes, Barrier* b, CachePolicy policy) {
   for (int i = 0; i < count && i < LANES; i++) {
-    const u8* piece = shuffle_from(from, i);
+    const u8* piece = (const u8*)shuffle_from((u64)from, i);
     for (int at = lane() * 16; at < bytes; at += LANES * 16) copy_16(shared_address(to + i * stride) + at, piece + at, policy);
   }
 }

@@ -42,7 +42,6 @@ KOGC_DEVICE void sync_block() { __syncthreads(); }
 KOGC_DEVICE void sync_warp() { __syncwarp(); }
 template <class T> KOGC_DEVICE T shuffle_xor(T v, int mask) { return __shfl_xor_sync(~0u, v, mask); }
 template <class T> KOGC_DEVICE T shuffle_from(T v, int source) { return __shfl_sync(~0u, v, source); }
-template <class T> KOGC_DEVICE T* shuffle_from(T* p, int source) { return (T*)__shfl_sync(~0u, (u64)p, source); }
 KOGC_DEVICE bool all_lanes(bool v) { return __all_sync(~0u, v); }
 
 // Two additions of 32 bits and the carry between them: one of 64 bits would be a loop of compare and swap.
