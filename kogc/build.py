@@ -332,7 +332,7 @@ class _Job:
             sms=plan.profile.sms,
             profile=plan.profile,
             blocks=plan.blocks,
-            threads=targets.THREADS[plan.target],
+            threads=plan.threads,
             shared_memory=plan.memory.bytes if plan.target == "cuda" else 0,
             entry_points=targets.ENTRY_POINTS,
             operands=tuple(operands(plan)),

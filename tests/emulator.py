@@ -23,9 +23,7 @@ from kogc.plan.plan import Plan
 from kogc.render import render
 from kogc.resources import data_dir
 from kogc.runtime.args import (
-    PASS_THREADS,
     REPORT_WORDS,
-    THREADS,
     Logprobs,
     bias_words,
     kernel_args,
@@ -168,7 +166,7 @@ class Emulated:
         args = kernel_args({name: b.address for name, b in buffers.items()}, start, len(tokens), 0)
         message = ctypes.create_string_buffer(200)
         status = self.library.kogc_emulate_prompt(
-            ctypes.byref(args), self.plan.blocks, PASS_THREADS, passes.memory_bytes, ctypes.c_uint64(seed), message
+            ctypes.byref(args), self.plan.blocks, passes.threads, passes.memory_bytes, ctypes.c_uint64(seed), message
         )
         self.report = own["report"].bytes.view(np.uint32).tolist()
         self._check(status, message, buffers)
@@ -192,7 +190,7 @@ class Emulated:
             ctypes.c_uint64(len(source.bytes)),
             ctypes.c_void_p(sink.address),
             self.plan.blocks,
-            THREADS,
+            self.plan.threads,
             self.plan.memory.bytes,
             message,
         )
@@ -232,7 +230,7 @@ class Emulated:
         args = kernel_args({name: b.address for name, b in buffers.items()}, start, len(tokens), n, stop, sampling)
         message = ctypes.create_string_buffer(200)
         status = self.library.kogc_emulate(
-            ctypes.byref(args), self.plan.blocks, THREADS, self.plan.memory.bytes, ctypes.c_uint64(seed), message
+            ctypes.byref(args), self.plan.blocks, self.plan.threads, self.plan.memory.bytes, ctypes.c_uint64(seed), message
         )
         self.report = own["report"].bytes.view(np.uint32).tolist()
         self._check(status, message, buffers)

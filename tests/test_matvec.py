@@ -17,7 +17,7 @@ from test_emulated import SMALL, Case, plan_of
 from kogc.checkpoint import to_float32
 from kogc.packing import unpack_rows
 from kogc.plan.plan import Plan
-from kogc.runtime.args import REPORT_WORDS, THREADS, kernel_args
+from kogc.runtime.args import REPORT_WORDS, kernel_args
 
 # Streams the one layer and the head, and multiplies them with activations from memory. x: [phase][token][columns],
 # y: [phase][token][rows], both as wide as the widest phase.
@@ -107,7 +107,7 @@ class Products(Emulated):
         shared = self.plan.memory.bytes + 128 + self.tokens * (2 * self.width + self.plan.memory["partial"].bytes)
         message = ctypes.create_string_buffer(200)
         status = self.library.kogc_emulate(
-            ctypes.byref(args), self.plan.blocks, THREADS, shared, ctypes.c_uint64(seed), message
+            ctypes.byref(args), self.plan.blocks, self.plan.threads, shared, ctypes.c_uint64(seed), message
         )
         self.report = buffers["report"].bytes.view(np.uint32).tolist()
         self._check(status, message, buffers)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 FRAGMENT_BYTES = 512
 FRAGMENT_WEIGHTS = 256
+LANES = 32  # threads of a warp
 WARPS = 8  # consumer warps of a block; they share every stage
 FEWEST_GROUPS = 4  # of a unit: with fewer, warps would go through units faster than through weights
 UNITS = (8, 4)

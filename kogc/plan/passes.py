@@ -13,7 +13,7 @@ import itertools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from .matvec import FRAGMENT_BYTES, WARPS, MatVec, round_up
+from .matvec import FRAGMENT_BYTES, LANES, WARPS, MatVec, round_up
 from .shared_memory import HEAD_TILE, ROW_PAD, Region
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ STAGES = 3  # of the ring, each with weights and the activations that they meet:
 FEWEST_STAGES = 2
 MOST_TOGETHER = 96  # head_dim of two tiles of attention columns at once: more would spill
 WORDS_BYTES = 512  # templates/cuda/pass.cuh: PassWords
-LAYER_BARRIERS = 8  # of all blocks, in a layer
+PRODUCERS = 4  # warps that issue its copies
 
 
 @dataclass(frozen=True)
@@ -101,6 +101,10 @@ class Passes:
     memory_bytes: int
     scratch: tuple[Region, ...]
     scratch_bytes: int
+
+    @property
+    def threads(self) -> int:
+        return LANES * (WARPS + PRODUCERS)
 
     @property
     def sweep_tiles(self) -> int:

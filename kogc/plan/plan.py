@@ -11,7 +11,7 @@ from ..errors import UsageError
 from ..profile import GpuProfile
 from ..spec import ModelSpec
 from .exchange import ExchangeMap, exchange_map
-from .matvec import FRAGMENT_BYTES, WARPS, MatVec, cut, round_up
+from .matvec import FRAGMENT_BYTES, LANES, WARPS, MatVec, cut, round_up
 from .passes import Passes, passes
 from .shared_memory import HEAD_TILE, SharedMemory, shared_memory
 
@@ -96,6 +96,16 @@ class Plan:
     @property
     def phases(self) -> tuple[MatVec, ...]:
         return (*self.layer_phases, self.head)
+
+    @property
+    def threads(self) -> int:
+        """Threads of a block: a CUDA block has eight consumer warps, and producers.
+
+        One producer issues bulk copies; copies of 16 bytes a lane take four to keep up with the memory.
+        """
+        if self.target != "cuda":
+            return 1
+        return LANES * (WARPS + (1 if self.profile.bulk_copies else 4))
 
     @property
     def group(self) -> int:

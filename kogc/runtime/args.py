@@ -14,8 +14,6 @@ from ..sampling import GREEDY, Sampling
 
 STOP_TOKENS = 16  # stop tokens that one launch can watch for
 REPORT_WORDS = 16
-THREADS = 288  # of a CUDA block: 8 consumer warps and the producer
-PASS_THREADS = 384  # the same where prompts go in passes: four producers
 
 POINTERS = (
     "slabs", "embedding", "norms", "qk_norms", "qkv_bias", "rope", "kv", "exchange", "prompt", "tokens", "logits",

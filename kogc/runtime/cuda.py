@@ -14,7 +14,7 @@ from ..errors import KogcError
 from ..plan.plan import Plan
 from ..sampling import MAX_BIAS
 from . import HostWords, Kernel, Program, Runtime, trace_bytes
-from .args import BIAS_BYTES, PASS_THREADS, THREADS, KernelArgs
+from .args import BIAS_BYTES, KernelArgs
 from .driver import Driver, check_driver, check_gpu, open_gpu
 from .upload import Uploader
 
@@ -93,9 +93,9 @@ class CudaRuntime(Runtime):
             status, functions[function] = driver.cuModuleGetFunction(module, function)
             if status != driver.CUresult.CUDA_SUCCESS:
                 raise KogcError(f"{name}: has no {function.decode()}; rebuild the artifact")
-        self._check_resident(plan, functions[GENERATE], THREADS, plan.memory.bytes, name)
+        self._check_resident(plan, functions[GENERATE], plan.threads, plan.memory.bytes, name)
         if plan.passes:
-            self._check_resident(plan, functions[PROMPT], PASS_THREADS, plan.passes.memory_bytes, name)
+            self._check_resident(plan, functions[PROMPT], plan.passes.threads, plan.passes.memory_bytes, name)
         return Kernel(plan, functions)
 
     def _check_resident(self, plan: Plan, function: Any, threads: int, shared: int, name: str) -> None:
@@ -209,7 +209,7 @@ class CudaRuntime(Runtime):
         driver.call("cuEventRecord", self._before, self._stream)
         if plan.passes and not logits and args.n_prompt > 1:
             self._start_passes(args)
-        self._start(self.kernel.module[GENERATE], plan.blocks, THREADS, plan.memory.bytes, args, cooperative=True)
+        self._start(self.kernel.module[GENERATE], plan.blocks, plan.threads, plan.memory.bytes, args, cooperative=True)
         driver.call("cuEventRecord", self._after, self._stream)
 
     def _start_passes(self, args: KernelArgs) -> None:
@@ -220,7 +220,7 @@ class CudaRuntime(Runtime):
         first.n_prompt = args.n_prompt - 1
         self._driver.call("cuMemsetD8Async", self._scratch, 0, MEETING_BYTES, self._stream)
         shared = plan.passes.memory_bytes
-        self._start(self.kernel.module[PROMPT], plan.blocks, PASS_THREADS, shared, first, cooperative=True)
+        self._start(self.kernel.module[PROMPT], plan.blocks, plan.passes.threads, shared, first, cooperative=True)
         args.start += first.n_prompt
         args.n_history += first.n_prompt
         args.prompt += 4 * first.n_prompt
@@ -320,7 +320,7 @@ class CudaRuntime(Runtime):
     def _time(self, function: Any, shared: int, values: tuple[Any, ...]) -> float:
         driver = self._driver
         driver.call("cuEventRecord", self._before, self._stream)
-        self._start(function, self.plan.blocks, THREADS, shared, *values)
+        self._start(function, self.plan.blocks, self.plan.threads, shared, *values)
         driver.call("cuEventRecord", self._after, self._stream)
         driver.call("cuEventSynchronize", self._after)
         return self._milliseconds()

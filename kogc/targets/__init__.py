@@ -25,7 +25,6 @@ T = TypeVar("T")
 
 TARGETS = ("cuda", "cpu")
 ENTRY_POINTS = {"generate": "kogc_generate", "fill": "kogc_fill"}
-THREADS = {"cuda": 288, "cpu": 1}  # of a block; cuda: 8 consumer warps and the producer
 
 
 def compile_binary(rendered: Rendered, plan: Plan, cache: Cache | None = None) -> bytes:

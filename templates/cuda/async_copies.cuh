@@ -1,12 +1,14 @@
-// Copies from memory into the ring where a lane copies 16 bytes at a time, from sm_80 on: all lanes of the producer warp
+// Copies from memory into the ring where a lane copies 16 bytes at a time, from sm_80 on: all lanes of four producer warps
 // share a stage, and each arrives at its barrier when what it has copied is there.
 #pragma once
 
 namespace kogc {
 
-constexpr int COPIERS = LANES;  // lanes of the producer warp that copy
+constexpr int COPIERS = 4 * LANES;  // one warp alone would issue copies for two thirds of the bandwidth
 constexpr bool KEYS_AHEAD = false;  // whether registers are left for keys while the query is awaited
-// What all of them see alike: whoever waits, leaves or goes on does so with the whole warp.
+KOGC_DEVICE int copier() { return thread() - THREADS; }
+// What the lanes of a warp see alike: whoever waits, leaves or goes on does so with the whole warp. The warps are by
+// themselves: each copies its part of every stage.
 KOGC_DEVICE bool agreed(bool v) { return __all_sync(~0u, v); }
 
 KOGC_DEVICE void barrier_init_done() {}  // the barrier of the block that follows is enough
@@ -20,7 +22,7 @@ KOGC_DEVICE void end_pieces(Barrier* b) {
 }
 KOGC_DEVICE void start_copy(void* to, const void* from, int bytes, Barrier* b, CachePolicy policy) {
   const u32 target = shared_address(to);
-  for (int at = lane() * 16; at < bytes; at += LANES * 16) copy_16(target + at, (const char*)from + at, policy);
+  for (int at = copier() * 16; at < bytes; at += COPIERS * 16) copy_16(target + at, (const char*)from + at, policy);
   end_pieces(b);
 }
 // Copies of several pieces, piece i from the `from` of lane i: all lanes share each.
@@ -34,7 +36,7 @@ KOGC_DEVICE void copy_pieces(int count, char* to, int stride, const u8* from, in
 }
 KOGC_DEVICE void fence_copies() {}  // these copies are ordered as loads and stores are
 KOGC_DEVICE void prefetch(const void* from, int bytes) {
-  for (int at = lane() * 128; at < bytes; at += LANES * 128) asm volatile("prefetch.global.L2 [%0];" ::"l"((const char*)from + at) : "memory");
+  for (int at = copier() * 128; at < bytes; at += COPIERS * 128) asm volatile("prefetch.global.L2 [%0];" ::"l"((const char*)from + at) : "memory");
 }
 
 }  // namespace kogc

@@ -24,8 +24,8 @@ template <class P> KOGC_DEVICE void generate(const KernelArgs& args) {
   init_words<P>();
   Ring<P>::init();
   const int steps = Generation<P>::steps(args);
-  if (warp() == PRODUCER) {
-    if (lane() < COPIERS) produce<P>(args, steps);
+  if (warp() >= PRODUCER) {
+    if (thread() - THREADS < COPIERS) produce<P>(args, steps);
     return;
   }
   Stream<P> stream;
@@ -56,8 +56,8 @@ template <class P> KOGC_DEVICE void read_ceiling(const void* from, u64 bytes, u3
   const u8* source = (const u8*)from + block() * share;
   const int stages = (int)(share / P::STAGE_BYTES), all = stages * READ_PASSES;
   Cursor<P> cursor;
-  if (warp() == PRODUCER) {
-    if (lane() >= COPIERS) return;
+  if (warp() >= PRODUCER) {
+    if (thread() - THREADS >= COPIERS) return;
     const CachePolicy policy = read_once();
     for (int i = 0; i < all; i++, cursor.advance()) {
       while (!agreed(barrier_passed(Ring<P>::empty(cursor.slot), cursor.parity ^ 1))) {}

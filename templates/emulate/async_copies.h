@@ -4,15 +4,16 @@
 
 namespace kogc {
 
-constexpr int COPIERS = LANES;
+constexpr int COPIERS = 4 * LANES;
 constexpr bool KEYS_AHEAD = false;
+KOGC_DEVICE int copier() { return thread() - THREADS; }
 KOGC_DEVICE bool agreed(bool v) { return all_lanes(v); }
 
 KOGC_DEVICE void barrier_init_done() {}
 KOGC_DEVICE void barrier_expect(Barrier*, int) {}
 KOGC_DEVICE bool barrier_passed(Barrier* b, u32 parity) { return barrier_poll(b, parity); }
 KOGC_DEVICE void start_copy(void* to, const void* from, int bytes, Barrier* b, CachePolicy policy) {
-  for (int at = lane() * 16; at < bytes; at += LANES * 16) {
+  for (int at = copier() * 16; at < bytes; at += COPIERS * 16) {
     counting(b)->bytes += 16;
     emulated::start_copy((char*)to + at, (const char*)from + at, 16, counting(b));
   }
