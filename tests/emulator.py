@@ -229,8 +229,9 @@ class Emulated:
         buffers = {**self.buffers, **own}
         args = kernel_args({name: b.address for name, b in buffers.items()}, start, len(tokens), n, stop, sampling)
         message = ctypes.create_string_buffer(200)
+        plan = self.plan
         status = self.library.kogc_emulate(
-            ctypes.byref(args), self.plan.blocks, self.plan.threads, self.plan.memory.bytes, ctypes.c_uint64(seed), message
+            ctypes.byref(args), plan.blocks, plan.threads, plan.memory.bytes, ctypes.c_uint64(seed), message
         )
         self.report = own["report"].bytes.view(np.uint32).tolist()
         self._check(status, message, buffers)

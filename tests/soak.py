@@ -1,8 +1,8 @@
 """Many generations in a row on one session: `python tests/soak.py ARTIFACT [COUNT]`. Not run by pytest.
 
 Random prompts (half of them continue the last one), lengths, sampling options and early ends; a part of them is
-repeated from a cold cache and must give the same tokens. At the end the memory of the process must be what it was after
-the first hundred.
+repeated from a cold cache and must give the same tokens. At the end the memory of the process, and of the GPU, must be
+what it was after the first hundred.
 """
 
 from __future__ import annotations
@@ -25,6 +25,17 @@ SLACK = 8 << 20  # bytes that the process may have grown by
 def resident() -> int:
     """Bytes of this process in memory."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+
+def gpu_memory_used(session: Session) -> int:
+    """Bytes, of the whole device; 0 on a CPU."""
+    if session.plan.target != "cuda":
+        return 0
+    from cuda.bindings import driver
+
+    status, free, total = driver.cuMemGetInfo()
+    assert status == driver.CUresult.CUDA_SUCCESS
+    return int(total) - int(free)
 
 
 def options(rng: random.Random) -> Sampling:
@@ -66,15 +77,17 @@ def one(session: Session, rng: random.Random, last: list[int]) -> list[int]:
 
 
 def main(artifact: str, count: int = 10_000) -> None:
-    rng, last, began, first = random.Random(0), [], time.monotonic(), 0
+    rng, last, began, first = random.Random(0), [], time.monotonic(), (0, 0)
     with kogc.load(artifact) as session:
         for i in range(count):
             last = one(session, rng, last)
             if i == min(WARM, count - 1):
-                first = resident()
-        grown = resident() - first
-    print(f"{count} generations in {time.monotonic() - began:.0f} s; the process grew by {grown / 1e6:.1f} MB")
+                first = resident(), gpu_memory_used(session)
+        grown, grown_there = resident() - first[0], gpu_memory_used(session) - first[1]
+    print(f"{count} generations in {time.monotonic() - began:.0f} s; the process grew by {grown / 1e6:.1f} MB", end="")
+    print(f", what the GPU holds by {grown_there / 1e6:.1f} MB")
     assert grown <= SLACK, f"{grown} bytes more in memory than after {WARM} generations"
+    assert grown_there <= SLACK, f"{grown_there} bytes more of the GPU's memory than after {WARM} generations"
 
 
 if __name__ == "__main__":

@@ -422,7 +422,11 @@ BUGS = {
         "wait_full<P, Tiles<P>::MOST_STAGES>(stream, stages(chunk, position), where);",
         "",
     ),
-    "a key copied before it is written": ("cuda/stream.cuh", "if (where_.layer == 0 && !wait_written()) return false;", ""),
+    "a key copied before it is written": (
+        "cuda/stream.cuh",
+        "if (where_.layer == 0 && !wait_written()) return false;",
+        "",
+    ),
     "a value taken before it is ready": ("common/exchange.h", " && ready<BIT>(v[i], parity)", ""),
     "a value with the parity of its last use": (
         "common/exchange.h",

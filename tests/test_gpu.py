@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 import kogc
 from kogc.bench import run_bench
 from kogc.build import BuildOptions, build
+from kogc.runtime import Request
 from kogc.session import Session
 from kogc.targets.detect_cuda import detect_cuda_profile
 
@@ -161,6 +162,51 @@ def test_small_models_after_other_prompts(small: Model) -> None:
     first = small.session.logits(tokens)
     small.session.generate(random_tokens(small.session, 150, seed=1), 200, stop=())
     assert np.array_equal(small.session.logits(tokens), first)
+
+
+def check_passes(model: Model, tokens: list[int]) -> None:
+    """Logits after a prompt that went through the model in passes: as exact as BF16, and the same wherever cut."""
+    exact, bf16 = (model.reference(tokens, dtype)[-1:] for dtype in (torch.float32, torch.bfloat16))
+    runtime, last = model.session.runtime, len(tokens) - 1
+
+    def after(*cuts: int) -> F32:
+        for start, end in zip((0, *cuts), (*cuts, last), strict=True):
+            runtime.run(Request(tuple(tokens[start : end + 1]), start, max_new=1))
+        logits = runtime.run(Request((tokens[last],), last, logits=True)).logits
+        assert logits is not None
+        return np.array(logits)
+
+    whole = after()
+    print(f"relative logit error {relative(whole, exact):.2e}, Transformers in BF16 {relative(bf16, exact):.2e}")
+    assert relative(whole, exact) <= 1.5 * relative(bf16, exact)  # of one position: both errors are noise
+    assert np.array_equal(after(100).view(np.uint32), whole.view(np.uint32))
+
+
+def test_small_models_in_passes(small: Model) -> None:
+    check_passes(small, random_tokens(small.session, 300))
+
+
+@pytest.mark.timeout(900)
+def test_full_size_in_passes(full: Model) -> None:
+    check_passes(full, random_tokens(full.session, 300))
+
+
+def test_ten_turns_are_as_ten_cold_starts(full: Model) -> None:
+    """The same tokens, and a turn costs what is new in it, not what came before."""
+    session, turns = full.session, []
+    history: list[int] = []
+    for turn in range(10):
+        history += random_tokens(session, 40, seed=turn)
+        made = session.generate(history, 40, stop=())
+        turns.append((list(history), made))
+        history += made.tokens
+    for prompt, made in turns:
+        session.reset()
+        cold = session.generate(prompt, 40, stop=())
+        assert (cold.tokens, cold.cached_tokens) == (made.tokens, 0)
+    for prompt, made in turns[1:]:
+        assert made.cached_tokens == len(prompt) - 81  # run again: the last token before, the answer, the new words
+    assert turns[9][1].seconds < 1.15 * turns[2][1].seconds
 
 
 @pytest.mark.timeout(900)
