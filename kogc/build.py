@@ -52,7 +52,7 @@ if TYPE_CHECKING:
     from .checkpoint import Checkpoint
     from .render import Rendered
 
-SUFFIX = {"cuda": ".cu", "cpu": ".cpp"}
+SUFFIX = {"cuda": ".cu", "hip": ".hip", "cpu": ".cpp"}
 COPIED = (TOKENIZER, TOKENIZER_CONFIG, CHAT_TEMPLATE, GENERATION_CONFIG)  # from the checkpoint, as they are
 
 
@@ -332,8 +332,8 @@ class _Job:
             sms=plan.profile.sms,
             profile=plan.profile,
             blocks=plan.blocks,
-            threads=targets.THREADS[plan.target],
-            shared_memory=plan.memory.bytes if plan.target == "cuda" else 0,
+            threads=targets.block_threads(plan.profile),
+            shared_memory=plan.memory.bytes if plan.target != "cpu" else 0,
             entry_points=targets.ENTRY_POINTS,
             operands=tuple(operands(plan)),
             weights=weights,

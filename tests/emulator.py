@@ -1,4 +1,4 @@
-"""Runs the rendered CUDA source without a GPU: the machine header is exchanged for its plain C++ stand-in.
+"""Runs the rendered CUDA or HIP source without a GPU: the machine header is exchanged for its plain C++ stand-in.
 
 What is compiled is the kernel that ships, every thread a fiber, all blocks resident, in an order drawn from a seed.
 """
@@ -22,8 +22,9 @@ from kogc.packing import operands, write_weights
 from kogc.plan.plan import Plan
 from kogc.render import render
 from kogc.resources import data_dir
-from kogc.runtime.args import REPORT_WORDS, THREADS, Logprobs, bias_words, kernel_args, read_record, record_words
+from kogc.runtime.args import REPORT_WORDS, Logprobs, bias_words, kernel_args, read_record, record_words
 from kogc.sampling import GREEDY, Sampling
+from kogc.targets import block_threads
 
 STATUS = {1: "stalled", 2: "threads wait at a barrier for ever", 3: "violation", -1: "no memory for the stacks"}
 FLAGS = (
@@ -42,6 +43,8 @@ EXCHANGED = {
     "cuda/machine.cuh": "emulate/machine.h",
     "cuda/bulk_copies.cuh": "emulate/bulk_copies.h",
     "cuda/async_copies.cuh": "emulate/async_copies.h",
+    "hip/machine.h": "emulate/hip_machine.h",
+    "hip/matrix.h": "emulate/hip_matrix.h",
 }
 
 Patch = Callable[[dict[str, str]], dict[str, str]]
@@ -52,7 +55,7 @@ class EmulatorError(AssertionError):
 
 
 def emulated_headers(headers: dict[str, str]) -> dict[str, str]:
-    """The headers of a rendered CUDA source with the machine exchanged, and what the emulated machine includes."""
+    """The headers of a rendered source with the machine exchanged, and what the emulated machine includes."""
     folder = data_dir("templates") / "emulate"
     own = {f"emulate/{path.name}": path.read_text() for path in sorted(folder.glob("*.h"))}
     return {**headers, **own, **{name: own[other] for name, other in EXCHANGED.items() if name in headers}}
@@ -67,15 +70,15 @@ def build(plan: Plan, patch: Patch | None = None) -> Path:
     """The shared library of a plan's kernel, compiled once a session; `patch` may change header texts."""
     rendered = render(plan)
     headers = patch(dict(rendered.headers)) if patch else rendered.headers
-    files = {**emulated_headers(headers), "kernel.cpp": rendered.source}
-    digest = hashlib.sha256("\0".join(f"{k}\0{v}" for k, v in sorted(files.items())).encode()).hexdigest()
+    files, lanes = {**emulated_headers(headers), "kernel.cpp": rendered.source}, f"-DKOGC_LANES={plan.profile.lanes}"
+    digest = hashlib.sha256("\0".join(f"{k}\0{v}" for k, v in [*sorted(files.items()), ("", lanes)]).encode()).hexdigest()
     folder = Path(_scratch().name) / digest
     library = folder / "kernel.so"
     if not library.exists():
         for name, text in files.items():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             (folder / name).write_text(text)
-        compile_cpp(folder / "kernel.cpp", FLAGS, library)
+        compile_cpp(folder / "kernel.cpp", (*FLAGS, lanes), library)
     return library
 
 
@@ -116,6 +119,7 @@ class Emulated:
 
     def __init__(self, plan: Plan, checkpoint: Path, patch: Patch | None = None) -> None:
         self.plan = plan
+        self.threads = block_threads(plan.profile)
         self.library = ctypes.CDLL(str(build(plan, patch)))
         self.buffers = _load_operands(plan, checkpoint)
         self.buffers["kv"] = Buffer(plan.kv_bytes)
@@ -163,7 +167,7 @@ class Emulated:
             ctypes.c_uint64(len(source.bytes)),
             ctypes.c_void_p(sink.address),
             self.plan.blocks,
-            THREADS,
+            self.threads,
             self.plan.memory.bytes,
             message,
         )
@@ -203,7 +207,7 @@ class Emulated:
         args = kernel_args({name: b.address for name, b in buffers.items()}, start, len(tokens), n, stop, sampling)
         message = ctypes.create_string_buffer(200)
         status = self.library.kogc_emulate(
-            ctypes.byref(args), self.plan.blocks, THREADS, self.plan.memory.bytes, ctypes.c_uint64(seed), message
+            ctypes.byref(args), self.plan.blocks, self.threads, self.plan.memory.bytes, ctypes.c_uint64(seed), message
         )
         self.report = own["report"].bytes.view(np.uint32).tolist()
         self._check(status, message, buffers)

@@ -23,13 +23,12 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-TARGETS = ("cuda", "cpu")
+TARGETS = ("cuda", "hip", "cpu")
 ENTRY_POINTS = {"generate": "kogc_generate", "fill": "kogc_fill"}
-THREADS = {"cuda": 288, "cpu": 1}  # of a block; cuda: 8 consumer warps and the producer
 
 
 def compile_binary(rendered: Rendered, plan: Plan, cache: Cache | None = None) -> bytes:
-    """A rendered kernel as a cubin (cuda) or a shared library (cpu), from the cache where it is there already."""
+    """A rendered kernel as a cubin (cuda), a code object (hip) or a shared library (cpu), from the cache where it is there already."""
     target = _target(plan.target)
     kept = default_cache() if cache is None else cache
     headers = [text for item in sorted(rendered.headers.items()) for text in item]
@@ -41,6 +40,11 @@ def compile_binary(rendered: Rendered, plan: Plan, cache: Cache | None = None) -
 
     # NVRTC is one long call into C, in which Ctrl-C would wait; the host compiler is a process, which Ctrl-C ends.
     return kept.get_or_make(key, lambda: _interruptible(work) if plan.target == "cuda" else work())
+
+
+def block_threads(profile: GpuProfile) -> int:
+    """Threads of a block; on cuda there is a warp that copies beside those that multiply."""
+    return {"cuda": profile.threads + profile.lanes, "hip": profile.threads, "cpu": 1}[profile.target]
 
 
 def compiler(plan: Plan) -> tuple[str, str]:
