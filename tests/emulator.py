@@ -70,15 +70,16 @@ def build(plan: Plan, patch: Patch | None = None) -> Path:
     """The shared library of a plan's kernel, compiled once a session; `patch` may change header texts."""
     rendered = render(plan)
     headers = patch(dict(rendered.headers)) if patch else rendered.headers
-    files, lanes = {**emulated_headers(headers), "kernel.cpp": rendered.source}, f"-DKOGC_LANES={plan.profile.lanes}"
-    digest = hashlib.sha256("\0".join(f"{k}\0{v}" for k, v in [*sorted(files.items()), ("", lanes)]).encode()).hexdigest()
+    files = {**emulated_headers(headers), "kernel.cpp": rendered.source}
+    flags = (*FLAGS, f"-DKOGC_LANES={plan.profile.lanes}")
+    digest = hashlib.sha256("\0".join([*flags, *(f"{k}\0{v}" for k, v in sorted(files.items()))]).encode()).hexdigest()
     folder = Path(_scratch().name) / digest
     library = folder / "kernel.so"
     if not library.exists():
         for name, text in files.items():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             (folder / name).write_text(text)
-        compile_cpp(folder / "kernel.cpp", (*FLAGS, lanes), library)
+        compile_cpp(folder / "kernel.cpp", flags, library)
     return library
 
 

@@ -1,4 +1,4 @@
-"""The kernel for AMD GPUs, run without one: right numbers on waves of 64 and 32 lanes in every order, bugs are noticed."""
+"""The kernel for AMD GPUs, run without one: right numbers on waves of 64 and 32 lanes, and bugs are noticed."""
 
 from __future__ import annotations
 

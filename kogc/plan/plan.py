@@ -225,7 +225,9 @@ def default_knobs(plan: Plan) -> Knobs:
     if plan.target == "cpu":
         return plan.knobs
     if plan.target == "hip":
-        return replace(plan.knobs, stage_bytes=16 * plan.profile.threads, in_flight=_loads_in_flight(plan), gather_splits=2)
+        return replace(
+            plan.knobs, stage_bytes=16 * plan.profile.threads, in_flight=_loads_in_flight(plan), gather_splits=2
+        )
     large = plan.knobs
     in_flight = round(1 + math.log2(max(plan.layer_bytes(block) for block in range(plan.blocks)) / SMALL_LAYER))
     in_flight = max(1, min(MOST_IN_FLIGHT, in_flight))

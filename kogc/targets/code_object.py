@@ -19,7 +19,7 @@ SIMDS = {64: 4, 32: 2}  # of a compute unit
 
 @dataclass(frozen=True)
 class Kernel:
-    """Registers a lane (vgprs: accumulation registers included) and a wave; bytes; spills of either kind, and scratch."""
+    """Registers of a lane (vgprs, accumulation registers included) and of a wave (sgprs), spills of either; bytes."""
 
     name: str
     vgprs: int
