@@ -23,7 +23,7 @@ HEADERS = {
         "common/threshold.h", "common/shortlist.h", "common/sampling.h", "common/decoder.h", "cuda/kernels.cuh",
     ),
     "hip": (
-        "common/args.h", "hip/machine.h", "common/spin.h", "common/numbers.h", "hip/matrix.h",
+        "hip/machine.h", "common/args.h", "common/spin.h", "common/numbers.h", "hip/matrix.h",
         "common/exchange.h", "common/partition.h", "common/cache.h", "common/words.h", "common/trace.h",
         "hip/stream.h", "hip/matvec.h", "common/residual.h", "hip/attention.h",
         "common/attention.h", "common/splits.h", "common/random.h", "common/choice.h", "common/logprobs.h",

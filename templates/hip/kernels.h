@@ -37,7 +37,7 @@ template <class P> KOGC_DEVICE void read_ceiling(const void* from, u64 bytes, u3
   for (int i = 0; i <= READ_PASSES * rounds; i++) {
     const u8* round = share + (u64)(rounds ? i % rounds : 0) * SLOTS * ROUND;
     KOGC_UNROLL for (int slot = 0; slot < SLOTS; slot++) {
-      if (i) seen ^= queue[slot].x;
+      if (i) seen ^= queue[slot].x ^ queue[slot].y ^ queue[slot].z ^ queue[slot].w;
       queue[slot] = load_once(round + slot * ROUND, (u32)thread() * 16);
       keep_order();
     }

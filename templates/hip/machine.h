@@ -2,6 +2,7 @@
 // Only the compiler's own builtins are used: they take the place of HIP's headers, so that no ROCm is needed to compile.
 // emulate/hip_machine.h has a plain C++ body for each.
 #pragma once
+#define KOGC_GLOBAL __attribute__((address_space(1)))
 #include "common/args.h"
 
 #define KOGC_DEVICE __attribute__((device, always_inline)) inline
@@ -54,7 +55,7 @@ KOGC_DEVICE char* shared() {
 }
 
 // The arguments where the launch has put them: taken from a parameter they would be copied to memory of the lane.
-KOGC_DEVICE const KernelArgs& arguments(const KernelArgs&) { return *(const KernelArgs*)__builtin_amdgcn_kernarg_segment_ptr(); }
+KOGC_DEVICE const KernelArgs& arguments(const KernelArgs& args) { return *(const KernelArgs*)__builtin_amdgcn_kernarg_segment_ptr(); }
 
 // --- barriers and shuffles -------------------------------------------------------------------------------------------
 // A block's waves are on one compute unit, whose caches see their accesses in order: weights on their way are not awaited.

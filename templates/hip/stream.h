@@ -24,7 +24,10 @@ template <class P> class Stream {
   KOGC_DEVICE Stream(const KernelArgs& args) : args_(args), slab_(args.slabs + (u64)block() * P::SLAB_BYTES), at_(slab_) {
     part_ = next();
     const u32 own = (u32)lane() * 16;
-    KOGC_UNROLL for (int slot = 0; slot < SLOTS; slot++) queue_[slot] = load(part_.from, part_.index(slot), own);
+    KOGC_UNROLL for (int slot = 0; slot < SLOTS; slot++) {
+      queue_[slot] = load(part_.from, part_.index(slot), own);
+      keep_order();  // in the order in which they are waited for, here too: the loop is compiled for both
+    }
   }
 
   // use(weights) for each of this wave's pieces of the next part, while those of the part after it are loaded.
