@@ -9,13 +9,16 @@ from typing import Any
 import numpy as np
 from emulator import STATUS, Emulated, EmulatorError
 
-SUCCESS, NOT_READY, NO_DEVICE, BAD_IMAGE = "hipSuccess", "hipErrorNotReady", "hipErrorNoDevice", "hipErrorInvalidImage"
+SUCCESS, NOT_READY, BAD_IMAGE = "hipSuccess", "hipErrorNotReady", "hipErrorInvalidImage"
+NO_DEVICE, BAD_DEVICE = "hipErrorNoDevice", "hipErrorInvalidDevice"  # what different versions say where there is none
 
 
 class FakeHip:
     """One AMD GPU. `kernel`: what its launches run; `log`: what was called, in order."""
 
-    hipError_t = SimpleNamespace(hipSuccess=SUCCESS, hipErrorNotReady=NOT_READY, hipErrorNoDevice=NO_DEVICE)
+    hipError_t = SimpleNamespace(
+        hipSuccess=SUCCESS, hipErrorNotReady=NOT_READY, hipErrorNoDevice=NO_DEVICE, hipErrorInvalidDevice=BAD_DEVICE
+    )  # fmt: skip
     hipMemcpyKind = SimpleNamespace(hipMemcpyHostToDevice=1, hipMemcpyDeviceToHost=2)
     hipStreamNonBlocking, hipHostMallocMapped, hipHostMallocCoherent = 1, 2, 1 << 30
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import random_checkpoint as rc
 from builds import kogc_cli, one_line
 from emulator import Emulated
-from fake_hip import FakeHip
+from fake_hip import BAD_DEVICE, NO_DEVICE, FakeHip
 
 import kogc
 from kogc.artifact import read_manifest
@@ -42,8 +43,7 @@ def plan_of(artifact: Path) -> Plan:
 
 
 def install(monkeypatch: pytest.MonkeyPatch, hip: FakeHip) -> FakeHip:
-    monkeypatch.setitem(sys.modules, "hip", hip)
-    monkeypatch.setitem(sys.modules, "hip.hip", hip)
+    monkeypatch.setitem(sys.modules, "hip", SimpleNamespace(hip=hip))
     return hip
 
 
@@ -137,12 +137,15 @@ def test_a_machine_without_the_binding_or_the_library_says_so(artifact: Path, mo
     def missing(flags: int) -> None:
         raise RuntimeError("failed to dlopen 'libamdhip64.so'")
 
+    for status in (NO_DEVICE, BAD_DEVICE):
+        hip.hipInit = lambda flags, status=status: (status,)
+        with pytest.raises(KogcError, match="no AMD GPU on this machine"):
+            kogc.load(artifact)
     hip.hipInit = missing
     with pytest.raises(KogcError, match="no ROCm on this machine"):
         kogc.load(artifact)
     assert hip_devices() == []
     monkeypatch.setitem(sys.modules, "hip", None)
-    monkeypatch.delitem(sys.modules, "hip.hip")
     with pytest.raises(KogcError, match="needs hip-python: pip install"):
         kogc.load(artifact)
 

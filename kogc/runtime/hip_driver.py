@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,14 +14,15 @@ class Hip:
 
     def __init__(self) -> None:
         try:
-            self.api: Any = importlib.import_module("hip.hip")
+            from hip import hip  # not hip.hip: some versions have it as an attribute, some as a module
         except ImportError as error:
             raise KogcError(f"running on an AMD GPU needs hip-python: pip install 'kogc[hip]' ({error})") from None
+        self.api: Any = hip
         try:
             (status,) = self.api.hipInit(0)
         except RuntimeError:  # the binding found no libamdhip64
             raise KogcError("no ROCm on this machine (libamdhip64.so was not found)") from None
-        if status == self.api.hipError_t.hipErrorNoDevice:
+        if status in (self.api.hipError_t.hipErrorNoDevice, self.api.hipError_t.hipErrorInvalidDevice):
             raise KogcError("no AMD GPU on this machine (or HIP_VISIBLE_DEVICES hides it)")
         if status != self.api.hipError_t.hipSuccess:
             raise KogcError(f"HIP did not start: {self.name_of(status)}")

@@ -5,7 +5,6 @@ As a module it is that process: a job in JSON on its input, the code object on i
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
 import json
 import subprocess
@@ -59,7 +58,9 @@ class _Library:
     """hipRTC through hip-python, with its statuses as errors."""
 
     def __init__(self) -> None:
-        self.api: Any = importlib.import_module("hip.hiprtc")
+        from hip import hiprtc
+
+        self.api: Any = hiprtc
 
     def call(self, name: str, *args: Any) -> Any:
         status, *values = getattr(self.api, name)(*args)
