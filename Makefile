@@ -34,7 +34,7 @@ lint: $(VENV)/.test
 golden: $(VENV)/.installed
 	$(BIN)/python tests/golden.py
 
-# Compiles every shipped model for every CUDA profile (ten minutes) and writes docs/targets.md.
+# Compiles every shipped model for every GPU profile (ten minutes for CUDA, a few for HIP) and writes docs/targets.md.
 matrix: $(VENV)/.installed
 	PYTHONPATH=. $(BIN)/python tests/matrix.py
 

@@ -52,7 +52,7 @@ if TYPE_CHECKING:
     from .checkpoint import Checkpoint
     from .render import Rendered
 
-SUFFIX = {"cuda": ".cu", "cpu": ".cpp"}
+SUFFIX = {"cuda": ".cu", "hip": ".hip", "cpu": ".cpp"}
 COPIED = (TOKENIZER, TOKENIZER_CONFIG, CHAT_TEMPLATE, GENERATION_CONFIG)  # from the checkpoint, as they are
 
 
@@ -333,7 +333,7 @@ class _Job:
             profile=plan.profile,
             blocks=plan.blocks,
             threads=plan.threads,
-            shared_memory=plan.memory.bytes if plan.target == "cuda" else 0,
+            shared_memory=plan.memory.bytes if plan.target != "cpu" else 0,
             entry_points=targets.ENTRY_POINTS,
             operands=tuple(operands(plan)),
             weights=weights,

@@ -20,7 +20,7 @@ REQUIRED = (
     "click", "cuda-bindings", "jinja2", "numpy", "nvidia-cuda-nvrtc", "nvidia-cuda-runtime", "pyyaml", "rich",
     "tokenizers",
 )  # fmt: skip
-OPTIONAL = ("huggingface_hub", "ziglang")
+OPTIONAL = ("huggingface_hub", "ziglang", "hip-python")
 COMPILERS = ("c++", "g++", "clang++")
 VERSION_SECONDS = 10
 
@@ -30,7 +30,9 @@ def examine() -> dict[str, Any]:
     nvrtc = _attempt(nvrtc_version)
     cxx = _attempt(cxx_version)
     devices = cuda_report()
+    hip = hip_report()
     cpu = cpu_report()
+    builds = {"cuda": nvrtc, "hip": hip["compiler"], "cpu": cxx and cpu["profile"]}
     return {
         "kogc": __version__,
         "python": platform.python_version(),
@@ -39,13 +41,14 @@ def examine() -> dict[str, Any]:
         "packages": {name: _version(name) for name in (*REQUIRED, *OPTIONAL)},
         "nvrtc": nvrtc,
         "cuda": devices,
+        "hip": hip,
         "compilers": cxx_compilers(),
         "cxx": cxx,
         "cpu": cpu,
         "cache": cache_report(),
         "hub_cache": hub_cache(),
-        "builds": [*(["cuda"] if nvrtc else []), *(["cpu"] if cxx and cpu["profile"] else [])],
-        "runs": [d["profile"] for d in (*devices["devices"], cpu) if d["profile"]],
+        "builds": [target for target, compiler in builds.items() if compiler],
+        "runs": [d["profile"] for d in (*devices["devices"], *hip["devices"], cpu) if d["profile"]],
     }
 
 
@@ -77,6 +80,24 @@ def cuda_report() -> dict[str, Any]:
     devices = _attempt(cuda_devices) or []
     return {
         "driver": _attempt(driver_version),
+        "devices": [{**asdict(device), "profile": profile_of(device)} for device in devices],
+    }
+
+
+def hip_version() -> str:
+    """Name and version of the compiler that a build for AMD GPUs would use."""
+    from .targets.hip import version
+
+    return version()
+
+
+def hip_report() -> dict[str, Any]:
+    """What compiles for AMD GPUs, and each of them that is here with the profile that describes it."""
+    from .targets.detect_hip import hip_devices, profile_of
+
+    devices = _attempt(hip_devices) or []
+    return {
+        "compiler": _attempt(hip_version),
         "devices": [{**asdict(device), "profile": profile_of(device)} for device in devices],
     }
 

@@ -15,6 +15,11 @@ from .session import load
 MODEL = "llama-3.2-1b"  # its kernel brings the one that reads; any number of blocks has work in it
 CONTEXT = 128
 FEWER = (0, 1, 2, 4, 8, 12)  # blocks than the GPU has SMs
+WAYS = {
+    True: "cp.async.bulk ring into shared memory",
+    False: "cp.async ring into shared memory",
+    "hip": "non-temporal loads into registers",
+}
 MARGIN = 1.005  # as many blocks as the profile has, unless others read so much faster
 
 Report = Callable[[int, float], None]
@@ -34,8 +39,8 @@ def measure_profile(gpu: str, report: Report = lambda blocks, rate: None) -> tup
     best = max(rates, key=lambda blocks: rates[blocks])
     if rates[best] <= rates[profile.blocks] * MARGIN:
         best = profile.blocks
-    copies = "cp.async.bulk" if profile.bulk_copies else "cp.async"
-    how = f"{copies} ring into shared memory, {best} blocks, array far larger than L2"
+    way = WAYS[profile.target if profile.target == "hip" else profile.bulk_copies]
+    how = f"{way}, {best} blocks, array far larger than L2"
     return replace(profile, measured=Measured(rates[best], how, best), blocks=best), rates
 
 
@@ -52,8 +57,10 @@ def _profile(gpu: str) -> GpuProfile:
     from .runtime.driver import Driver, check_gpu, open_gpu
     from .targets import detect_profile
 
-    _, here = open_gpu(Driver(), 0)  # says why where there is none
     profile = detect_profile()[0] if gpu == "auto" else load_profile(gpu)
+    if profile.target == "hip":
+        return profile  # the loader checks the GPU
+    _, here = open_gpu(Driver(), 0)  # says why where there is none
     if profile.target != "cuda":
         raise KogcError(f"{profile.name} is no GPU profile: --measure reads a GPU's memory ({here.name} is here)")
     check_gpu(here, profile)

@@ -61,7 +61,7 @@ def _phase(plan: Plan, phase: MatVec) -> dict[str, Any]:
 
 def _shared_memory(plan: Plan) -> dict[str, Any]:
     """The map of a block's shared memory; empty on a target that has none."""
-    if not plan.memory.stages:
+    if plan.target == "cpu":
         return {"bytes": 0, "stages": 0, "stage_bytes": 0, "regions": []}
     regions = [{"name": r.name, "offset": r.offset, "bytes": r.bytes} for r in plan.memory.regions]
     return {

@@ -8,16 +8,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .errors import KogcError
+from .plan.matvec import WARPS
 from .resources import data_dir
 
 if TYPE_CHECKING:
     from . import strict_yaml
 
-TARGETS = ("cuda", "cpu")
+TARGETS = ("cuda", "hip", "cpu")
 # sm_90 without the `a` is Hopper by the path of the GPUs before it: a profile of one's own can ask for it.
 BULK_ARCHS = ("sm_90a", "sm_100a", "sm_103a", "sm_120a", "sm_121a")
 CUDA_ARCHS = ("sm_80", "sm_86", "sm_89", "sm_90", *BULK_ARCHS)
+HIP_ARCHS = ("gfx942", "gfx950", "gfx1201")
 CPU_ARCHS = ("avx2", "avx512", "avx512-bf16")
+ARCHS = {"cuda": CUDA_ARCHS, "hip": HIP_ARCHS, "cpu": CPU_ARCHS}
 
 
 @dataclass(frozen=True)
@@ -33,9 +36,9 @@ class Measured:
 class GpuProfile:
     """Facts of one product. Bytes and bytes/s throughout; 0 on a CPU means: ask the machine at hand.
 
-    target: cuda or cpu. arch: the compiler's name of the instruction set (sm_90a, sm_89; avx2, avx512, avx512-bf16).
-    sms: streaming multiprocessors (cpu: 0, the machine's cores). smem_per_block: the opt-in maximum.
-    flags: CPU features the code needs, in the names /proc/cpuinfo uses (cuda: empty).
+    target: cuda, hip or cpu. arch: the compiler's name of the instruction set (sm_90a, sm_89; gfx942; avx2, avx512).
+    sms: streaming multiprocessors (hip: compute units; cpu: 0, the machine's cores). smem_per_block: the opt-in maximum
+    (hip: LDS of a workgroup). flags: CPU features the code needs, in the names /proc/cpuinfo uses (GPUs: empty).
     blocks: how many blocks a launch has unless the build says otherwise (cpu: 0, one a core).
     """
 
@@ -56,6 +59,21 @@ class GpuProfile:
     def bulk_copies(self) -> bool:
         """Whether the GPU copies a stage of the ring with one instruction, rather than 16 bytes a lane."""
         return self.arch in BULK_ARCHS
+
+    @property
+    def lanes(self) -> int:
+        """Threads that run in step: 64 on CDNA, 32 on all other GPUs."""
+        return 64 if self.arch.startswith("gfx9") else 32
+
+    @property
+    def unit(self) -> str:
+        """What runs a block, in words."""
+        return "compute units" if self.target == "hip" else "SMs"
+
+    @property
+    def threads(self) -> int:
+        """Threads of a block that multiply."""
+        return WARPS * self.lanes
 
     @property
     def ceiling(self) -> float:
@@ -123,7 +141,7 @@ def _from_table(table: strict_yaml.Table) -> GpuProfile:
     target = table.text("target")
     if target not in TARGETS:
         raise table.error("target", f"unknown target {target!r} (known: {', '.join(TARGETS)})")
-    archs = CUDA_ARCHS if target == "cuda" else CPU_ARCHS
+    archs = ARCHS[target]
     arch = table.text("arch")
     if arch not in archs:
         raise table.error("arch", f"unknown arch {arch!r} of target {target} (known: {', '.join(archs)})")
@@ -131,7 +149,7 @@ def _from_table(table: strict_yaml.Table) -> GpuProfile:
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name):
         raise table.error("name", f"{name[:40]!r} must be letters, digits, '.', '_' or '-'")
     # A GPU's sizes are facts that the plan depends on; a CPU's are read from the machine.
-    least = 1 if target == "cuda" else 0
+    least = 0 if target == "cpu" else 1
     profile = GpuProfile(
         name=name,
         target=target,
@@ -146,7 +164,7 @@ def _from_table(table: strict_yaml.Table) -> GpuProfile:
         blocks=_count(table, "blocks", least),
         flags=table.words("flags"),
     )
-    if target == "cuda" and profile.blocks > profile.sms:
+    if target != "cpu" and profile.blocks > profile.sms:
         raise table.error("blocks", f"{profile.blocks} is more than sms ({profile.sms}): every block must be resident")
     return profile
 

@@ -27,6 +27,13 @@ HEADERS = {
         "common/threshold.h", "common/shortlist.h", "common/sampling.h", "common/decoder.h", "cuda/kernels.cuh",
         *PASSES,
     ),
+    "hip": (
+        "hip/machine.h", "common/args.h", "common/spin.h", "common/numbers.h", "hip/matrix.h",
+        "common/exchange.h", "common/partition.h", "common/cache.h", "common/words.h", "common/trace.h",
+        "hip/stream.h", "hip/matvec.h", "common/residual.h", "hip/attention.h",
+        "common/attention.h", "common/splits.h", "common/random.h", "common/choice.h", "common/logprobs.h",
+        "common/threshold.h", "common/shortlist.h", "common/sampling.h", "common/decoder.h", "hip/kernels.h",
+    ),
     "cpu": (
         "common/args.h", "cpu/machine.hpp", "common/spin.h", "common/numbers.h",
         "common/exchange.h", "common/partition.h", "common/cache.h", "common/words.h", "common/trace.h",
@@ -36,7 +43,7 @@ HEADERS = {
     ),
 }  # fmt: skip
 ASYNC_COPIES = "cuda/async_copies.cuh"  # instead of bulk_copies.cuh, on GPUs that have none
-SUFFIX = {"cuda": "cu", "cpu": "cpp"}
+SUFFIX = {"cuda": "cu", "hip": "hip", "cpu": "cpp"}
 
 
 @dataclass(frozen=True)

@@ -43,6 +43,7 @@ CANDIDATES: dict[str, tuple[int, ...]] = {
     "turn": (1, 2, 4),
 }
 CPU_KNOBS = ("gather_splits",)  # the others mean nothing there
+HIP_KNOBS = {"in_flight": (4, 6, 8, 12, 16), "gather_splits": (1, 2, 4, 8), "turn": (1, 2, 4)}
 MARGIN = 1.002  # a candidate must be this much faster: less is noise
 REPEATS, FINAL_REPEATS = 5, 15  # timed runs of each variant, in turns
 TOKENS = 64  # of a timed run
@@ -114,7 +115,8 @@ def candidates_for(profile: GpuProfile, start: Setting) -> dict[str, tuple[int, 
     near = {start.blocks, profile.blocks, *(profile.sms - fewer for fewer in (0, 2, 4, 8, 12))}
     if start.blocks < profile.blocks:  # a model too small for all SMs
         near = {start.blocks, start.blocks // 2}
-    return {**CANDIDATES, "blocks": tuple(sorted(b for b in near if b > 0))}
+    knobs = HIP_KNOBS if profile.target == "hip" else CANDIDATES
+    return {**knobs, "blocks": tuple(sorted(b for b in near if b > 0))}
 
 
 class Died(KogcError):

@@ -1,4 +1,4 @@
-"""Runs the rendered CUDA source without a GPU: the machine header is exchanged for its plain C++ stand-in.
+"""Runs the rendered CUDA or HIP source without a GPU: the machine header is exchanged for its plain C++ stand-in.
 
 What is compiled is the kernel that ships, every thread a fiber, all blocks resident, in an order drawn from a seed.
 """
@@ -22,14 +22,7 @@ from kogc.packing import operands, write_weights
 from kogc.plan.plan import Plan
 from kogc.render import render
 from kogc.resources import data_dir
-from kogc.runtime.args import (
-    REPORT_WORDS,
-    Logprobs,
-    bias_words,
-    kernel_args,
-    read_record,
-    record_words,
-)
+from kogc.runtime.args import REPORT_WORDS, Logprobs, bias_words, kernel_args, read_record, record_words
 from kogc.sampling import GREEDY, Sampling
 
 STATUS = {1: "stalled", 2: "threads wait at a barrier for ever", 3: "violation", -1: "no memory for the stacks"}
@@ -49,6 +42,8 @@ EXCHANGED = {
     "cuda/machine.cuh": "emulate/machine.h",
     "cuda/bulk_copies.cuh": "emulate/bulk_copies.h",
     "cuda/async_copies.cuh": "emulate/async_copies.h",
+    "hip/machine.h": "emulate/hip_machine.h",
+    "hip/matrix.h": "emulate/hip_matrix.h",
 }
 
 Patch = Callable[[dict[str, str]], dict[str, str]]
@@ -59,7 +54,7 @@ class EmulatorError(AssertionError):
 
 
 def emulated_headers(headers: dict[str, str]) -> dict[str, str]:
-    """The headers of a rendered CUDA source with the machine exchanged, and what the emulated machine includes."""
+    """The headers of a rendered source with the machine exchanged, and what the emulated machine includes."""
     folder = data_dir("templates") / "emulate"
     own = {f"emulate/{path.name}": path.read_text() for path in sorted(folder.glob("*.h"))}
     return {**headers, **own, **{name: own[other] for name, other in EXCHANGED.items() if name in headers}}
@@ -75,14 +70,15 @@ def build(plan: Plan, patch: Patch | None = None) -> Path:
     rendered = render(plan)
     headers = patch(dict(rendered.headers)) if patch else rendered.headers
     files = {**emulated_headers(headers), "kernel.cpp": rendered.source}
-    digest = hashlib.sha256("\0".join(f"{k}\0{v}" for k, v in sorted(files.items())).encode()).hexdigest()
+    flags = (*FLAGS, f"-DKOGC_LANES={plan.profile.lanes}")
+    digest = hashlib.sha256("\0".join([*flags, *(f"{k}\0{v}" for k, v in sorted(files.items()))]).encode()).hexdigest()
     folder = Path(_scratch().name) / digest
     library = folder / "kernel.so"
     if not library.exists():
         for name, text in files.items():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             (folder / name).write_text(text)
-        compile_cpp(folder / "kernel.cpp", FLAGS, library)
+        compile_cpp(folder / "kernel.cpp", flags, library)
     return library
 
 

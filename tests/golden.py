@@ -8,14 +8,17 @@ from pathlib import Path
 from kogc.importer import spec_from_dir
 from kogc.plan.plan import Options, make_plan
 from kogc.profile import load_profile
-from kogc.render import Rendered, render
+from kogc.render import SUFFIX, Rendered, render
 from kogc.spec import load_spec
 
 TOP = Path(__file__).resolve().parent.parent
 GENERATED = TOP / "generated"
 DEMO = TOP / "examples" / "demo" / "checkpoint"
 # (spec, profile, blocks): a CPU has no number of blocks of its own.
-PAIRS = (("demo", "cpu-avx2", 4), ("llama-3.2-1b", "h200-sxm", None), ("qwen3-0.6b", "h200-sxm", None))
+PAIRS = (
+    ("demo", "cpu-avx2", 4), ("llama-3.2-1b", "h200-sxm", None), ("qwen3-0.6b", "h200-sxm", None),
+    ("llama-3.2-1b", "mi300x", None),
+)  # fmt: skip
 
 
 def golden(model: str, gpu: str, blocks: int | None) -> Rendered:
@@ -25,7 +28,7 @@ def golden(model: str, gpu: str, blocks: int | None) -> Rendered:
 
 
 def file_of(model: str, gpu: str) -> Path:
-    return GENERATED / f"{model}.{gpu}{'.cpp' if gpu.startswith('cpu') else '.cu'}"
+    return GENERATED / f"{model}.{gpu}.{SUFFIX[load_profile(gpu).target]}"
 
 
 def main() -> None:

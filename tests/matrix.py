@@ -1,4 +1,4 @@
-"""docs/targets.md: every shipped model compiled for every CUDA profile. `make matrix` writes it again (minutes)."""
+"""docs/targets.md: every shipped model compiled for every GPU profile. `make matrix` writes it again (minutes)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from kogc.plan.plan import Plan
 from kogc.profile import GpuProfile, list_profiles, load_profile
 from kogc.render import render
 from kogc.spec import list_specs
-from kogc.targets import cuda
+from kogc.targets import cuda, hip
+from kogc.targets.code_object import read_kernels
 
 DOCUMENT = Path(__file__).resolve().parent.parent / "docs" / "targets.md"
 RAN_ON_HARDWARE = ("h200-sxm",)
@@ -22,7 +23,10 @@ KERNEL = "kogc_generate"
 
 @dataclass(frozen=True)
 class Cell:
-    """One model on one profile. refused: why there is no plan; the rest is zero then. spills: bytes."""
+    """One model on one profile. refused: why there is no plan; the rest is zero then. spills: bytes.
+
+    On AMD GPUs stages are loads of 16 bytes under way on each lane; scalars and resident are of them alone.
+    """
 
     model: str
     gpu: str
@@ -33,22 +37,36 @@ class Cell:
     stages: int = 0
     stage_bytes: int = 0
     blocks: int = 0
+    scalars: int = 0
+    resident: int = 0
 
     @property
     def short(self) -> str:
         if self.refused:
             return "refused"
+        if self.scalars:
+            return f"{self.registers} v, {self.scalars} s, {self.stages} loads, {self.shared_memory / 1024:.0f} K"
         spills = f", spills {self.spills} B" if self.spills else ""
         memory = f"{self.stages} x {self.stage_bytes >> 10} K of {self.shared_memory / 1024:.0f} K"
         return f"{self.registers} r, {memory}{spills}"
 
 
+def profiles_of(target: str) -> list[GpuProfile]:
+    return [p for p in map(load_profile, list_profiles()) if p.target == target]
+
+
 def cuda_profiles() -> list[GpuProfile]:
-    return [p for p in map(load_profile, list_profiles()) if p.target == "cuda"]
+    return profiles_of("cuda")
+
+
+def hip_profiles() -> list[GpuProfile]:
+    return profiles_of("hip")
 
 
 def measure(plan: Plan) -> Cell:
     """Compile a plan, and what its kernel uses."""
+    if plan.target == "hip":
+        return _measure_code_object(plan)
     _, log = cuda.compile_logged(render(plan), plan)
     used = cuda.resource_usage(log)
     kernel, memory = used[KERNEL], plan.memory
@@ -56,6 +74,14 @@ def measure(plan: Plan) -> Cell:
     size = plan.knobs.stage_bytes
     where = plan.spec.name, plan.profile.name
     return Cell(*where, "", kernel["registers"], spills, memory.bytes, memory.stages, size, plan.blocks)
+
+
+def _measure_code_object(plan: Plan) -> Cell:
+    kernel = read_kernels(hip.compile_binary(render(plan), plan))[KERNEL]  # refuses what spills
+    where, lds = (plan.spec.name, plan.profile.name), plan.memory.bytes
+    resident = kernel.blocks_resident(lds, plan.profile.smem_per_block)
+    sizes = lds, plan.knobs.in_flight, plan.knobs.stage_bytes, plan.blocks
+    return Cell(*where, "", kernel.vgprs, 0, *sizes, kernel.sgprs, resident)
 
 
 def cell(pair: tuple[str, str]) -> Cell:
@@ -78,9 +104,45 @@ def document(cells: Iterable[Cell]) -> str:
         _table(head, summary),
         DETAILS,
         _table(("model", *(p.name for p in profiles)), [(m, *(of[m, p.name].short for p in profiles)) for m in models]),
+        *_amd(of, models),
         *(["Refused, with the line that the user gets:\n", "\n".join(refused)] if refused else []),
     ]
     return "\n".join(parts).rstrip() + "\n"
+
+
+AMD_COLUMNS = (
+    "profile", "arch", "products", "CUs", "LDS a block", "compiled", "VGPRs", "SGPRs", "spills", "blocks a CU",
+    "ran on",
+)  # fmt: skip
+
+
+def _amd(of: dict[tuple[str, str], Cell], models: list[str]) -> list[str]:
+    profiles = hip_profiles()
+    summary = [_amd_summary(p, [of[m, p.name] for m in models]) for p in profiles]
+    detail = [(m, *(of[m, p.name].short for p in profiles)) for m in models]
+    head = AMD.format(compiler=hip.version())
+    return [head, _table(AMD_COLUMNS, summary), AMD_DETAILS, _table(("model", *(p.name for p in profiles)), detail)]
+
+
+def _amd_summary(profile: GpuProfile, cells: list[Cell]) -> tuple[str, ...]:
+    good = [c for c in cells if not c.refused]
+
+    def span(values: list[int], unit: str = "") -> str:
+        return f"{min(values)} to {max(values)}{unit}" if values else "-"
+
+    return (
+        profile.name,
+        f"`{profile.arch}`",
+        "MFMA" if profile.lanes == 64 else "WMMA",
+        str(profile.sms),
+        span([c.shared_memory >> 10 for c in good], " KiB"),
+        f"{len(good)} of {len(cells)}",
+        span([c.registers for c in good]),
+        span([c.scalars for c in good]),
+        "none",
+        str(min((c.resident for c in good), default=0)),
+        "nothing: only compiled",
+    )
 
 
 def _summary(profile: GpuProfile, cells: list[Cell]) -> tuple[str, ...]:
@@ -119,8 +181,29 @@ where the ring does not hold a chunk of keys and values (128 positions), attenti
 """
 
 
+AMD = """
+## AMD
+
+**No AMD GPU has run these kernels.** They are compiled by {compiler}, without ROCm; the very source runs on the
+emulator with waves of 64 and of 32 lanes, where it is compared with Transformers and where planted bugs are found; and
+the loader was tested on a stand-in for hip-python. Speed and what the hardware's memory model allows beyond what the
+compiler documents are unknown, and every setting is derived from data sheets.
+
+CDNA3 and CDNA4 multiply with MFMA, RDNA4 with WMMA. There is no ring in LDS: each wave loads the weights that it
+multiplies itself, 16 bytes a lane, non-temporal, into registers, across phases, layers and tokens
+(`templates/hip/stream.h`). Blocks exchange vectors by relaxed atomics of agent scope, without fences; a block is one
+workgroup of eight waves, and blocks are numbered XCD by XCD. The launch is a plain one; the loader asks the runtime
+whether all blocks fit at once. `blocks a CU` is computed from registers and LDS.
+"""
+AMD_DETAILS = """
+Each cell: vector registers of a lane, scalar registers of a wave, loads of 16 bytes that each lane has under way, LDS
+of a block.
+"""
+
+
 def main() -> None:
-    pairs = [(model, profile.name) for profile in cuda_profiles() for model in list_specs()]
+    profiles = [*cuda_profiles(), *hip_profiles()]
+    pairs = [(model, profile.name) for profile in profiles for model in list_specs()]
     with ProcessPoolExecutor(2) as pool:
         DOCUMENT.write_text(document(pool.map(cell, pairs)), encoding="utf-8")
 

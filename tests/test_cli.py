@@ -325,6 +325,7 @@ def test_doctor_says_what_is_here(tmp_path: Path) -> None:
     assert data["cpu"]["cores"] >= 1
     assert data["cpu"]["profile"] in list_profiles()
     assert (data["nvrtc"] is not None) == ("cuda" in data["builds"])
+    assert (data["hip"]["compiler"] is not None) == ("hip" in data["builds"])
     text = kogc_cli("doctor").stdout
     assert f"can build:  {', '.join(data['builds']) or 'nothing'}" in text
 
@@ -333,10 +334,17 @@ def test_doctor_survives_an_empty_machine(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setenv("PATH", "/nonexistent")
     monkeypatch.setattr("kogc.doctor.nvrtc_version", lambda: 1 // 0)
     monkeypatch.setattr("kogc.doctor.cxx_version", lambda: 1 // 0)
+    monkeypatch.setattr("kogc.doctor.hip_version", lambda: 1 // 0)
     monkeypatch.setattr("kogc.doctor._version", lambda name: None)
     result = kogc_cli("doctor")
     assert result.exit_code == 1
-    for line in ("nvrtc:      not found", "missing:    numpy", "C++ used:   none: install", "can build:  nothing"):
+    for line in (
+        "nvrtc:      not found",
+        "missing:    numpy",
+        "AMD:        no compiler",
+        "C++ used:   none: install",
+        "can build:  nothing",
+    ):
         assert line in result.stdout
 
 

@@ -265,9 +265,10 @@ def test_a_missing_directory_is_one_line(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("dim", [32, 64, 96, 128])
-@pytest.mark.parametrize("target", ["cuda", "cpu"])
-def test_kv_chunks_hold_each_element_where_stated(target: str, dim: int) -> None:
-    plan = plan_of(replace(load_spec("llama-3.2-1b"), head_dim=dim), 4)
+@pytest.mark.parametrize("gpu", ["h200-sxm", "cpu-avx2", "mi300x", "rx-9070-xt"])
+def test_kv_chunks_hold_each_element_where_stated(gpu: str, dim: int) -> None:
+    plan = make_plan(replace(load_spec("llama-3.2-1b"), head_dim=dim), load_profile(gpu), Options(blocks=4))
+    target = plan.target
     positions = 300
     raw = np.random.default_rng(dim).integers(0, 0x7F00, (3, 2 * 128 * dim)).astype(np.uint16)
     keys, values = unpack_kv(plan, target, raw, positions)
@@ -283,6 +284,11 @@ def test_kv_chunks_hold_each_element_where_stated(target: str, dim: int) -> None
                 key = tile + (fragment + lane) * 8 + element
                 lane, element = (d % 8) * 4 + (r % 8) // 2, (d % 16) // 8 * 4 + r % 2 + 2 * (r // 8)
                 value = tile + 16 * dim + (fragment + lane) * 8 + element
+            if target == "hip":
+                tile, n = inside // 16 * 32 * dim, 256 // plan.profile.lanes  # positions of a lane
+                key = tile + (d // 8 * 16 + r) * 8 + d % 8
+                load, group = divmod(d // 16, 8 // n)
+                value = tile + 16 * dim + (load * plan.profile.lanes + r // n * 16 + d % 16) * 8 + group * n + r % n
             assert keys[p, d] == floats[chunk, key]
             assert values[p, d] == floats[chunk, value]
     again = pack_kv(plan, target, *unpack_kv(plan, target, raw, 384))

@@ -19,7 +19,7 @@ H200 = (data_dir("gpu_profiles") / "h200-sxm.yaml").read_text(encoding="utf-8")
 def test_the_shipped_profiles() -> None:
     assert " ".join(list_profiles()) == (
         "a100-sxm-80gb a10g b200 b300 cpu-avx2 cpu-avx512 cpu-avx512-bf16 dgx-spark h100-sxm h200-sxm l40s"
-        " rtx-3090 rtx-4090 rtx-5090 rtx-pro-6000"
+        " mi300x mi325x mi355x rtx-3090 rtx-4090 rtx-5090 rtx-pro-6000 rx-9070-xt"
     )
     for name in list_profiles():
         assert load_profile(name).name == name
@@ -45,6 +45,20 @@ def test_gpus_have_what_their_architecture_has_and_no_number_that_nobody_measure
         assert (p.smem_per_block >> 10, p.bulk_copies) == ARCHITECTURES[p.arch], p.name
         assert (p.measured.read_bandwidth is None) == (p.name != "h200-sxm")
         assert "ources: " in (data_dir("gpu_profiles") / f"{p.name}.yaml").read_text() or p.name.startswith("h")
+
+
+# Lanes of a wave and LDS of a workgroup, by architecture (AMD's ISA guides).
+AMD = {"gfx942": (64, 64), "gfx950": (64, 160), "gfx1201": (32, 64)}
+
+
+def test_amd_gpus_have_what_their_architecture_has_and_no_number_that_nobody_measured() -> None:
+    gpus = [p for p in map(load_profile, list_profiles()) if p.target == "hip"]
+    assert {p.arch for p in gpus} == set(AMD)
+    for p in gpus:
+        assert (p.lanes, p.smem_per_block >> 10) == AMD[p.arch], p.name
+        assert p.measured.read_bandwidth is None
+        assert "Sources: " in (data_dir("gpu_profiles") / f"{p.name}.yaml").read_text()
+        assert p.blocks <= p.sms
 
 
 def test_hopper_without_bulk_copies_is_a_profile_of_ones_own() -> None:
@@ -88,7 +102,7 @@ def test_unknown_gpu_is_one_line_with_the_known_ones(name: str) -> None:
         ("sms: 132", "sms: 100", "p.yaml:15: blocks: 128 is more than sms (100)"),
         ("sms: 132", "cores: 132", "p.yaml:6: unknown key 'cores'"),
         ("arch: sm_90a", "arch: sm_75", "p.yaml:5: arch: unknown arch 'sm_75'"),
-        ("target: cuda", "target: hip", "p.yaml:3: target: unknown target 'hip'"),
+        ("target: cuda", "target: tpu", "p.yaml:3: target: unknown target 'tpu'"),
         ("target: cuda", "target: cpu", "p.yaml:5: arch: unknown arch 'sm_90a' of target cpu"),
         ("read_bandwidth: 4.70e12", "read_bandwidth: 0", "p.yaml:12: measured.read_bandwidth: 0.0 must be"),
         ("read_bandwidth: 4.70e12", "read_bandwidth: fast", "p.yaml:12: measured.read_bandwidth: expected a number"),

@@ -40,6 +40,11 @@ def _lines(report: dict[str, Any], missing: list[str]) -> list[tuple[str, str]]:
         facts = f"compute capability {capability}, {device['sms']} SMs, {size(device['memory_bytes'])}"
         profile = device["profile"] or "no profile describes it"
         lines.append((f"GPU {device['index']}", f"{device['name']} ({facts}): {profile}"))
+    lines.append(("AMD", report["hip"]["compiler"] or "no compiler: install the extra kogc[hip] to build for AMD GPUs"))
+    for device in report["hip"]["devices"]:
+        facts = f"{device['arch']}, {device['units']} units, {size(device['memory_bytes'])}"
+        profile = device["profile"] or "no profile describes it"
+        lines.append((f"GPU {device['index']}", f"{device['name']} ({facts}): {profile}"))
     for compiler in report["compilers"]:
         lines.append(("C++", f"{compiler['name']}: {compiler['version']}"))
     lines.append(("C++ used", report["cxx"] or "none: install g++ or clang++, or the extra kogc[cpu]"))

@@ -32,4 +32,4 @@ def command(as_json: bool) -> None:
                 p.product,
             )
         )
-    click.echo(table(("profile", "arch", "SMs", "memory", "data sheet", "measured", "product"), rows))
+    click.echo(table(("profile", "arch", "SMs/CUs", "memory", "data sheet", "measured", "product"), rows))

@@ -37,7 +37,7 @@ def _facts(manifest: Manifest) -> list[tuple[str, str]]:
     from .output import size
 
     spec = manifest.spec
-    where = f", {manifest.sms} SMs" if manifest.sms else ""
+    where = f", {manifest.sms} {manifest.profile.unit}" if manifest.sms else ""
     tools = ", ".join(f"{name} {version}" for name, version in manifest.tools.items())
     source = manifest.hub or manifest.weights.location
     facts = [

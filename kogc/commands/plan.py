@@ -65,7 +65,8 @@ def _shared_memory(data: dict[str, Any]) -> list[str]:
     memory = data["shared_memory"]
     if not memory["regions"]:
         return []
-    title = f"shared memory: {memory['bytes']:,} bytes, ring of {memory['stages']} stages of {memory['stage_bytes']:,}"
+    ring = f", ring of {memory['stages']} stages of {memory['stage_bytes']:,}" if memory["stages"] else ""
+    title = f"shared memory: {memory['bytes']:,} bytes{ring}"
     rows = [(region["name"], region["offset"], region["bytes"]) for region in memory["regions"]]
     return [f"{title}\n{table(('region', 'offset', 'bytes'), rows)}"]
 

@@ -30,6 +30,9 @@ def check(plan: Plan) -> None:
     _check_attention(plan)
     if plan.target == "cuda":
         _check_ring(plan)
+    if plan.target == "hip":
+        _check_loads(plan)
+    if plan.target != "cpu":
         _check_shared_memory(plan)
     _check_exchanges(plan)
     for where, actions in scenarios(plan):
@@ -139,6 +142,16 @@ def _check_ring(plan: Plan) -> None:
         _require(value < stages, f"{name} {value} needs {value + 1} stages: {fit}")
 
 
+def _check_loads(plan: Plan) -> None:
+    """Weights go through registers: whole loads of a wave, of which some are under way."""
+    for phase in plan.phases:
+        _require(
+            phase.fragments % phase.together == 0,
+            f"{phase.name}: {phase.fragments} fragments of a unit do not fill loads of {phase.together}",
+        )
+    _require(plan.knobs.in_flight >= 1, f"in_flight {plan.knobs.in_flight} is less than 1")
+
+
 def _check_shared_memory(plan: Plan) -> None:
     memory = plan.memory
     at = 0
@@ -149,7 +162,7 @@ def _check_shared_memory(plan: Plan) -> None:
     _require(at <= memory.bytes, f"shared memory: {region.name} ends after the {memory.bytes} bytes asked for")
     limit = plan.profile.smem_per_block
     _require(memory.bytes <= limit, f"shared memory: {memory.bytes} bytes, a block of {plan.profile.name} has {limit}")
-    scratch = attention_scratch(plan.spec.head_dim, plan.heads_per_block)
+    scratch = attention_scratch(plan.spec.head_dim, plan.heads_per_block, plan.profile.threads)
     needs = {
         "ring": memory.stages * plan.knobs.stage_bytes,
         "activation": max(2 * max(p.columns_padded for p in plan.phases), scratch),

@@ -27,6 +27,7 @@ class MatVec:
     """One phase `y[rows] = W[rows, columns] @ x[columns]` over `blocks` blocks.
 
     `rotation` is the first block that gets one unit more than the others when units do not divide evenly.
+    `together`: fragments that a warp loads with one instruction, 2 where it has 64 lanes.
     """
 
     name: str
@@ -35,12 +36,13 @@ class MatVec:
     unit: int
     blocks: int
     rotation: int
+    together: int = 1
 
     @property
     def columns_padded(self) -> int:
         """Columns as stored: whole fragments, and at least one fragment for every warp in each unit."""
         width = FRAGMENT_WEIGHTS // self.unit
-        return max(round_up(self.columns, width), width * WARPS)
+        return max(round_up(self.columns, width * self.together), width * WARPS)
 
     @property
     def units(self) -> int:
@@ -95,8 +97,8 @@ class MatVec:
         return range(min(first, self.rows), min(first + self.units_of(block) * self.unit, self.rows))
 
 
-def cut(name: str, rows: int, columns: int, blocks: int, rotation: int) -> MatVec:
+def cut(name: str, rows: int, columns: int, blocks: int, rotation: int, together: int = 1) -> MatVec:
     """The cut with the fewest bytes on the busiest block; units of 8 rows unless units of 4 gain at least 1 %."""
-    eight, four = (MatVec(name, rows, columns, unit, blocks, rotation) for unit in UNITS)
+    eight, four = (MatVec(name, rows, columns, unit, blocks, rotation, together) for unit in UNITS)
     busiest = [phase.max_units * phase.unit_bytes for phase in (eight, four)]
     return four if busiest[1] < 0.99 * busiest[0] else eight

@@ -11,7 +11,7 @@ from ..errors import UsageError
 from ..profile import GpuProfile
 from ..spec import ModelSpec
 from .exchange import ExchangeMap, exchange_map
-from .matvec import FRAGMENT_BYTES, LANES, WARPS, MatVec, cut, round_up
+from .matvec import FRAGMENT_BYTES, WARPS, MatVec, cut, round_up
 from .passes import Passes, passes
 from .shared_memory import HEAD_TILE, SharedMemory, shared_memory
 
@@ -19,6 +19,8 @@ SMALL_LAYER = 240 << 10  # bytes a block, of a layer that does best with one sta
 MOST_IN_FLIGHT = 5
 FEWEST_STAGES = 6  # of a ring that is cut into large stages
 L2_SHARE = 3  # what is fetched ahead of full rings takes at most one part in so many of the L2 cache
+AWAITED = 4e-6  # seconds: an exchange and the latency of memory, on a GPU whose registers are the ring
+LEAST_LOADS, MOST_LOADS = 8, 16  # of a lane: more would take registers that the phases need
 CHUNK = 128  # positions of the KV cache that a block takes at a time
 
 
@@ -30,7 +32,8 @@ class Knobs:
     while the vocabulary projection streams; in_flight_exchange: the same while a block waits for others, whose words
     queue behind the copies. gather_splits: most attention splits that are combined while gathering, before a separate
     combine step pays. turn: chunks of the KV cache that a split takes at a time. prefetch: stages fetched into L2 ahead
-    of a full ring; pace: clocks between two such fetches.
+    of a full ring; pace: clocks between two such fetches. On `hip` a stage is what one load of all lanes brings, and
+    in_flight counts such loads.
     """
 
     stage_bytes: int = 16384
@@ -82,7 +85,7 @@ class Plan:
         phases: list[MatVec] = []
         rotation = 0
         for name, rows, columns in shapes:
-            phases.append(cut(name, rows, columns, self.blocks, rotation))
+            phases.append(cut(name, rows, columns, self.blocks, rotation, self.profile.lanes // 32))
             rotation = (rotation + phases[-1].remainder) % self.blocks
         return tuple(phases)
 
@@ -91,7 +94,7 @@ class Plan:
         """The vocabulary projection."""
         last = self.layer_phases[-1]
         rotation = (last.rotation + last.remainder) % self.blocks
-        return cut("head", self.spec.vocab, self.spec.hidden, self.blocks, rotation)
+        return cut("head", self.spec.vocab, self.spec.hidden, self.blocks, rotation, self.profile.lanes // 32)
 
     @property
     def phases(self) -> tuple[MatVec, ...]:
@@ -99,13 +102,14 @@ class Plan:
 
     @property
     def threads(self) -> int:
-        """Threads of a block: a CUDA block has eight consumer warps, and producers.
+        """Threads of a block; on cuda there are warps that copy beside those that multiply.
 
-        One producer issues bulk copies; copies of 16 bytes a lane take four to keep up with the memory.
+        One issues bulk copies; copies of 16 bytes a lane take four to keep up with the memory.
         """
-        if self.target != "cuda":
+        if self.target == "cpu":
             return 1
-        return LANES * (WARPS + (1 if self.profile.bulk_copies else 4))
+        producers = 0 if self.target == "hip" else 1 if self.profile.bulk_copies else 4
+        return self.profile.threads + producers * self.profile.lanes
 
     @property
     def group(self) -> int:
@@ -211,8 +215,8 @@ class Plan:
 def make_plan(spec: ModelSpec, profile: GpuProfile, options: Options = Options()) -> Plan:
     """Derive the plan. Raises UsageError naming the flag when an option cannot be met."""
     blocks = options.blocks or profile.blocks or len(os.sched_getaffinity(0))
-    if blocks < 1 or (profile.target == "cuda" and blocks > profile.sms):
-        raise UsageError(f"--blocks {blocks}: {profile.name} has {profile.sms} SMs")
+    if blocks < 1 or (profile.target != "cpu" and blocks > profile.sms):
+        raise UsageError(f"--blocks {blocks}: {profile.name} has {profile.sms} {profile.unit}")
     wanted = options.max_context or spec.max_context
     if wanted < 1 or wanted > spec.max_context:
         raise UsageError(f"--max-context {wanted}: {spec.name} is defined for 1 to {spec.max_context} tokens")
@@ -235,8 +239,12 @@ def default_knobs(plan: Plan) -> Knobs:
     number of stages grows by one where the bytes of a layer double: 1 at 240 KiB a block, 3 at 1 MiB, 5 at 3.4 MiB;
     and two splits of attention are better gathered than combined while layers are small.
     """
-    if plan.target != "cuda":
+    if plan.target == "cpu":
         return plan.knobs
+    if plan.target == "hip":
+        return replace(
+            plan.knobs, stage_bytes=16 * plan.profile.threads, in_flight=_loads_in_flight(plan), gather_splits=2
+        )
     large = plan.knobs
     in_flight = round(1 + math.log2(max(plan.layer_bytes(block) for block in range(plan.blocks)) / SMALL_LAYER))
     in_flight = max(1, min(MOST_IN_FLIGHT, in_flight))
@@ -254,6 +262,16 @@ def default_knobs(plan: Plan) -> Knobs:
         prefetch=min(large.prefetch * shrink, prefetch),
         pace=large.pace // shrink,
     )
+
+
+def _loads_in_flight(plan: Plan) -> int:
+    """Loads of 16 bytes that each lane has under way (templates/hip/stream.h), a multiple of four.
+
+    Enough for memory to be busy while a block waits for an exchange, and not much more: the exchange's polls come back
+    after them. Derived from the data sheet, not measured.
+    """
+    busy = AWAITED * plan.profile.bandwidth_datasheet / plan.blocks / (16 * plan.profile.threads)
+    return min(max(4 * round(busy / 4), LEAST_LOADS), MOST_LOADS)
 
 
 def _context_that_fits(plan: Plan) -> int:

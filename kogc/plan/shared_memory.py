@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 PARTIAL_UNITS = 32  # units whose partial sums are kept before they are added up
 HEAD_TILE = 8  # query heads that one attention block handles: half of the 16 rows of a tensor-core tile
-COMBINE_BYTES = 256 * 24  # a running softmax of four outputs for each thread, when splits are combined
+COMBINE_BYTES = 24  # of a thread: a running softmax of four outputs, when splits are combined
 SAMPLING_BYTES = 8704  # a histogram and what a search finds in it (threshold.h), or rows of short lists (shortlist.h)
 ROW_PAD = 16  # BF16 elements between query rows, so that the rows of a fragment lie in different banks
 
@@ -34,7 +34,7 @@ class SharedMemory:
         return next(r for r in self.regions if r.name == name)
 
 
-def attention_scratch(head_dim: int, heads: int) -> int:
+def attention_scratch(head_dim: int, heads: int, threads: int) -> int:
     """Bytes that a block works in between mat-vecs.
 
     For attention query rows (high and low halves), the new key and value, the warps' outputs; or what combining splits
@@ -43,14 +43,14 @@ def attention_scratch(head_dim: int, heads: int) -> int:
     query = 2 * HEAD_TILE * (head_dim + ROW_PAD) * 2
     new = 2 * head_dim * 2
     outputs = WARPS * round_up(heads, 2) * (head_dim + 4) * 4
-    return max(query + new + outputs, COMBINE_BYTES, SAMPLING_BYTES)
+    return max(query + new + outputs, threads * COMBINE_BYTES, SAMPLING_BYTES)
 
 
 def shared_memory(plan: Plan) -> SharedMemory:
     """Fixed regions as needed, and as many ring stages as fit beside them."""
     spec = plan.spec
     activation = max(p.columns_padded for p in plan.phases) * 2
-    scratch = attention_scratch(spec.head_dim, plan.heads_per_block)
+    scratch = attention_scratch(spec.head_dim, plan.heads_per_block, plan.profile.threads)
     fixed = [
         ("activation", round_up(max(activation, scratch), 128)),
         ("partial", PARTIAL_UNITS * WARPS * 8 * 4),

@@ -365,6 +365,10 @@ def open_runtime(program: Program, device: int = 0, oversubscribe: bool = False)
         from .cuda import CudaRuntime
 
         return CudaRuntime(program, device)
+    if program.plan.target == "hip":
+        from .hip import HipRuntime
+
+        return HipRuntime(program, device)
     from .cpu import CpuRuntime
 
     return CpuRuntime(program, oversubscribe)

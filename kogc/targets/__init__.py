@@ -23,12 +23,12 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-TARGETS = ("cuda", "cpu")
+TARGETS = ("cuda", "hip", "cpu")
 ENTRY_POINTS = {"generate": "kogc_generate", "fill": "kogc_fill"}
 
 
 def compile_binary(rendered: Rendered, plan: Plan, cache: Cache | None = None) -> bytes:
-    """A rendered kernel as a cubin (cuda) or a shared library (cpu), from the cache where it is there already."""
+    """A rendered kernel as a cubin (cuda), a code object (hip) or a shared library (cpu), from the cache if there."""
     target = _target(plan.target)
     kept = default_cache() if cache is None else cache
     headers = [text for item in sorted(rendered.headers.items()) for text in item]
@@ -53,6 +53,8 @@ def detect_profile() -> tuple[GpuProfile, str | None]:
     from ..profile import load_profile
     from .detect import detect_cpu_profile
     from .detect_cuda import cuda_devices, profile_by_architecture, profile_of
+    from .detect_hip import hip_devices
+    from .detect_hip import profile_of as hip_profile_of
 
     note = None
     if devices := cuda_devices():
@@ -61,6 +63,10 @@ def detect_profile() -> tuple[GpuProfile, str | None]:
         if made := profile_by_architecture(devices[0]):
             return made
         note = f"{devices[0].name} matches no GPU profile; building for the CPU"
+    elif gpus := hip_devices():
+        if found := hip_profile_of(gpus[0]):
+            return load_profile(found), None
+        note = f"{gpus[0].name} ({gpus[0].arch}) matches no GPU profile; building for the CPU"
     return load_profile(detect_cpu_profile()), note
 
 

@@ -1,5 +1,10 @@
 // The kernel's arguments: all that is not known when the kernel is compiled.
 #pragma once
+// Memory of the device, where a target has a name for it: a token comes from there or from shared memory, and the compiler
+// would make of both loads one that finds out.
+#ifndef KOGC_GLOBAL
+#define KOGC_GLOBAL
+#endif
 
 namespace kogc {
 
@@ -29,7 +34,7 @@ struct KernelArgs {
   const float* rope;      // [max_context][head_dim / 2][cos, sin]
   u16* kv;                // [layer][kv head][chunk][K, V]
   u8* exchange;           // zero at launch
-  const i32* prompt;      // [n_prompt]; before it lie n_history tokens that penalties know
+  const KOGC_GLOBAL i32* prompt;  // [n_prompt]; before it lie n_history tokens that penalties know
   i32* tokens;            // host-visible ring: token i of the continuation, -1 until it is known
   float* logits;          // null, or [n_prompt][vocab]
   const i32* stop_word;   // host-visible: the host stores 1 to end the generation

@@ -11,8 +11,12 @@ struct Where {  // what a report needs to know
   int step, layer;
 };
 
+#ifndef KOGC_NORETURN
+#define KOGC_NORETURN [[noreturn]]
+#endif
+
 // Out of line: waits are everywhere, and what they hardly ever do must not fill the instruction cache.
-[[noreturn]] KOGC_COLD void give_up(const KernelArgs& args, Site site, int layer, int step, u32 expected) {
+KOGC_NORETURN KOGC_COLD void give_up(const KernelArgs& args, Site site, int layer, int step, u32 expected) {
   u32* r = args.report;
   if (load_host(r) == 0) {
     store_host(r + 1, block());

@@ -2,6 +2,9 @@
 // a while, so that any block can be far ahead of any other. A fiber gives up control at barriers, at polls that miss, and
 // now and then at accesses that other threads can see.
 #pragma once
+#ifndef KOGC_LANES
+#define KOGC_LANES 32  // of a warp
+#endif
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -68,14 +71,16 @@ struct Context {
 
 // --- the threads of a launch ---------------------------------------------------------------------------------------------
 enum Instruction { NONE, SYNC_WARP, SHUFFLE, BROADCAST, TRANSPOSE, MMA, VOTE };
+constexpr int WARP = KOGC_LANES;
+constexpr wide ALL_LANES = ~0ull >> (64 - WARP);
 
 struct Warp {
-  word runnable = 0, polling = 0;          // lanes that can run; lanes whose last poll missed
-  word arrived = 0;                        // lanes that wait in `instruction` for the others
+  wide runnable = 0, polling = 0;          // lanes that can run; lanes whose last poll missed
+  wide arrived = 0;                        // lanes that wait in `instruction` for the others
   int instruction = NONE, mask = 0;
-  wide value[32], exchanged[32];           // of a shuffle or a vote
-  word a[4][32], b[2][32];                 // of a tensor-core product
-  float c[4][32];
+  wide value[WARP], exchanged[WARP];       // of a shuffle or a vote
+  word a[4][WARP], b[4][WARP];             // of a tensor-core product
+  float c[256 / WARP][WARP];
 };
 
 struct Meeting { std::vector<int> waiting; };  // a barrier of a block: the threads that have arrived
@@ -131,8 +136,8 @@ struct Machine {
   char message[200] = "";
   void (*body)() = nullptr;
 
-  Warp& warp() { return blocks[current->block].warps[current->thread / 32]; }
-  word bit() const { return 1u << current->thread % 32; }
+  Warp& warp() { return blocks[current->block].warps[current->thread / WARP]; }
+  wide bit() const { return 1ull << current->thread % WARP; }
 };
 
 inline Machine* machine = nullptr;

@@ -18,10 +18,10 @@ inline void set_up(Machine& m, int blocks, int threads, int shared_bytes, wide s
   m.body = body;
   m.blocks.resize(blocks);
   for (Block& b : m.blocks) {
-    b.warps.resize(threads / 32);
+    b.warps.resize(threads / WARP);
     b.memory.assign(shared_bytes + 128 + CANARY, (char)0xff);  // NaN in every format
     b.shared = (char*)(((size_t)b.memory.data() + 127) / 128 * 128);
-    for (Warp& w : b.warps) w.runnable = ~0u;
+    for (Warp& w : b.warps) w.runnable = ALL_LANES;
   }
 }
 

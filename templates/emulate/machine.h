@@ -16,15 +16,15 @@
 
 namespace kogc {
 
-constexpr int LANES = 32, WARPS = 8, THREADS = LANES * WARPS;
+constexpr int LANES = emulated::WARP, WARPS = 8, THREADS = LANES * WARPS;
 constexpr int PRODUCER = WARPS;  // the warp that issues the copies
 
 using emulated::machine;
 
 template <class T> KOGC_DEVICE T opaque(T v) { return v; }
 KOGC_DEVICE int thread() { return machine->current->thread; }
-KOGC_DEVICE int lane() { return thread() & 31; }
-KOGC_DEVICE int warp() { return thread() >> 5; }
+KOGC_DEVICE int lane() { return thread() % LANES; }
+KOGC_DEVICE int warp() { return thread() / LANES; }
 KOGC_DEVICE int block() { return machine->current->block; }
 KOGC_DEVICE int block_count() { return (int)machine->blocks.size(); }
 KOGC_DEVICE int block_threads() { return machine->threads; }

@@ -75,17 +75,17 @@ template <class Work> inline void together(int instruction, int mask, Work work)
   w.instruction = instruction;
   w.mask = mask;
   w.arrived |= machine->bit();
-  if (w.arrived != ~0u) return leave();
+  if (w.arrived != ALL_LANES) return leave();
   work(w);
   w.arrived = 0;
-  w.runnable |= ~machine->bit();
+  w.runnable |= ALL_LANES & ~machine->bit();
 }
 
 inline void meet(Meeting& at, int expected) {
   Machine& m = *machine;
   at.waiting.push_back(m.current->thread);
   if ((int)at.waiting.size() < expected) return leave();
-  for (int t : at.waiting) m.blocks[m.current->block].warps[t / 32].runnable |= 1u << t % 32;
+  for (int t : at.waiting) m.blocks[m.current->block].warps[t / WARP].runnable |= 1ull << t % WARP;
   m.events++;
   at.waiting.clear();
   leave();

@@ -72,7 +72,7 @@ class Scheduler {
   }
 
  private:
-  static int per_block() { return machine->threads / 32; }
+  static int per_block() { return machine->threads / WARP; }
   static int warps() { return (int)machine->blocks.size() * per_block(); }
   static Warp& warp(int i) { return machine->blocks[i / per_block()].warps[i % per_block()]; }
 
@@ -104,19 +104,19 @@ class Scheduler {
 
   static void resume(int i, int lane) {
     Machine& m = *machine;
-    warp(i).runnable &= ~(1u << lane);
+    warp(i).runnable &= ~(1ull << lane);
     m.switches++;
-    m.current = &m.fibers[i * 32 + lane];
+    m.current = &m.fibers[i * WARP + lane];
     m.scheduler.swap(m.current->context);
   }
 
   static void run_warp(int i) {
-    word first = machine->random.next() % 32;
+    word first = machine->random.next() % WARP;
     for (word left = 1 + machine->random.below(256); left && warp(i).runnable && !machine->stopped; left--) {
-      const word r = warp(i).runnable, turned = first ? r >> first | r << (32 - first) : r;
-      const word lane = (first + __builtin_ctz(turned)) % 32;
+      const wide r = warp(i).runnable, turned = first ? r >> first | r << (WARP - first) : r;
+      const word lane = (first + __builtin_ctzll(turned)) % WARP;
       resume(i, (int)lane);
-      first = (lane + 1) % 32;
+      first = (lane + 1) % WARP;
     }
   }
 
@@ -125,9 +125,9 @@ class Scheduler {
   static bool give_up() {
     machine->stalled = true;
     for (int i = 0; i < warps(); i++)
-      if (const word polling = warp(i).polling) {
-        const int lane = __builtin_ctz(polling);
-        warp(i).polling &= ~(1u << lane);  // it may go on to meet the others of its warp
+      if (const wide polling = warp(i).polling) {
+        const int lane = __builtin_ctzll(polling);
+        warp(i).polling &= ~(1ull << lane);  // it may go on to meet the others of its warp
         resume(i, lane);
         return true;
       }
