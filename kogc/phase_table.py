@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from .plan.matvec import MatVec
+from .plan.passes import Passes
 from .plan.plan import Plan
 
 DEPTHS = (0, 512, 4096, 32768)  # positions already in the KV cache for which a token's cost is shown
@@ -29,6 +30,7 @@ def phase_table(plan: Plan) -> dict[str, Any]:
         },
         "exchanges": [{"name": s.name, "words": s.words, "bytes": s.words * 4} for s in plan.exchanges.slots],
         "shared_memory": _shared_memory(plan),
+        "passes": _passes(plan.passes) if plan.passes else None,
         "slab_bytes": plan.slab_bytes,
         "kv_cache_bytes": plan.kv_bytes,
         "per_token": [_token_cost(plan, depth) for depth in DEPTHS if depth < plan.max_context],
@@ -69,6 +71,28 @@ def _shared_memory(plan: Plan) -> dict[str, Any]:
         "stages": plan.memory.stages,
         "stage_bytes": plan.knobs.stage_bytes,
         "regions": regions,
+    }
+
+
+def _passes(passes: Passes) -> dict[str, Any]:
+    """How a prompt goes through the layers: `traffic` is what the busiest block moves a layer, in bytes."""
+    return {
+        "tokens": passes.tokens,
+        "stages": passes.stages,
+        "stage_bytes": passes.stage_bytes,
+        "scratch_bytes": passes.scratch_bytes,
+        "products": [
+            {
+                "name": p.phase.name,
+                "groups": p.groups,
+                "splits": p.splits,
+                "tiles_per_block": p.most_tiles,
+                "fragments_per_block": p.most_fragments,
+                "slice": passes.slice(p),
+                "traffic": p.traffic,
+            }
+            for p in passes.products
+        ],
     }
 
 

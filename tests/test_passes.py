@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import itertools
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,6 +15,8 @@ import torch
 from emulator import Emulated, EmulatorError
 from test_emulated import SMALL, TINY, Case, error, prompt
 
+from kogc.errors import KogcError
+from kogc.plan.check import check
 from kogc.plan.passes import Passes, passes
 from kogc.plan.plan import Options, Plan, make_plan
 from kogc.profile import load_profile
@@ -181,6 +185,29 @@ def test_every_model_is_cut_completely(spec: str, gpu: str) -> None:
     for regions in (cut.memory, cut.scratch):
         assert all(a.offset + a.bytes <= b.offset for a, b in itertools.pairwise(regions))
     assert cut.scratch[-1].offset + cut.scratch[-1].bytes <= cut.scratch_bytes
+
+
+def check_with(changed: Passes, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = make_plan(load_spec("llama-3.2-1b"), load_profile("h200-sxm"), Options(max_context=2048))
+    monkeypatch.setattr(Plan, "passes", changed)
+    check(plan)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda cut: {"memory_bytes": 1 << 20}, "bytes of shared memory of 232448"),
+        (lambda cut: {"stage_bytes": 4096}, "in stages of 4096"),
+        (lambda cut: {"scratch": (cut.scratch[1], cut.scratch[0])}, "barrier at 0 overlaps residual"),
+        (lambda cut: {"products": (replace(cut.products[0], groups=129),)}, "516 parts for 128 blocks"),
+        (lambda cut: {"products": (replace(cut.products[2], splits=2, groups=64),)}, "gate and up meet in one block"),
+    ],
+)
+def test_a_cut_that_cannot_work_is_found(change: Any, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    cut = passes_of(make_plan(load_spec("llama-3.2-1b"), load_profile("h200-sxm"), Options(max_context=2048)))
+    check_with(cut, monkeypatch)
+    with pytest.raises(KogcError, match=words):
+        check_with(replace(cut, **change(cut)), monkeypatch)
 
 
 def test_a_cpu_takes_a_prompt_token_by_token() -> None:

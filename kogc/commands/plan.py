@@ -26,7 +26,8 @@ def command(model: str, gpu: str, max_context: int | None, blocks: int | None, a
         return
     for note in prepared.notes:
         remark(note)
-    click.echo("\n\n".join([_head(data), _phases(data), _exchanges(data), *_shared_memory(data), _costs(data)]))
+    tables = [_head(data), _phases(data), _exchanges(data), *_shared_memory(data), *_passes(data), _costs(data)]
+    click.echo("\n\n".join(tables))
 
 
 def _head(data: dict[str, Any]) -> str:
@@ -69,6 +70,19 @@ def _shared_memory(data: dict[str, Any]) -> list[str]:
     title = f"shared memory: {memory['bytes']:,} bytes{ring}"
     rows = [(region["name"], region["offset"], region["bytes"]) for region in memory["regions"]]
     return [f"{title}\n{table(('region', 'offset', 'bytes'), rows)}"]
+
+
+def _passes(data: dict[str, Any]) -> list[str]:
+    from .output import size, table
+
+    passes = data["passes"]
+    if not passes:
+        return ["prompts: token by token"]
+    title = f"prompts: {passes['tokens']} tokens a pass, ring of {passes['stages']} stages of {passes['stage_bytes']:,}"
+    names = ("groups", "splits", "tiles_per_block", "fragments_per_block", "slice")
+    rows = [(p["name"], *(p[name] for name in names), size(p["traffic"])) for p in passes["products"]]
+    head = ("phase", "groups", "splits", "tiles/block", "fragments/block", "in a stage", "moved/block")
+    return [f"{title}, {size(passes['scratch_bytes'])} to work in\n{table(head, rows)}"]
 
 
 def _costs(data: dict[str, Any]) -> str:

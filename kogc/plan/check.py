@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
+
 from ..errors import KogcError
 from .matvec import FEWEST_GROUPS, FRAGMENT_BYTES, UNITS, WARPS, MatVec
 from .order import check_order, owners, scenarios
+from .passes import Passes
 from .plan import Plan
 from .shared_memory import HEAD_TILE, PARTIAL_UNITS, attention_scratch
 
@@ -34,6 +37,8 @@ def check(plan: Plan) -> None:
         _check_loads(plan)
     if plan.target != "cpu":
         _check_shared_memory(plan)
+        if plan.passes:
+            _check_passes(plan.passes, plan)
     _check_exchanges(plan)
     for where, actions in scenarios(plan):
         check_order(plan.blocks, actions, where)
@@ -186,3 +191,22 @@ def _check_exchanges(plan: Plan) -> None:
             if (writer == kind).any():
                 _require(False, f"exchange {slot.name}: word {int((writer == kind).argmax())} has {what}")
     _require(at <= plan.exchanges.bytes, f"exchange {slot.name} ends after the {plan.exchanges.bytes} bytes of all")
+
+
+def _check_passes(passes: Passes, plan: Plan) -> None:
+    """Every tile and fragment of a phase in one block, and stages that hold what a block takes at a time."""
+    room = plan.profile.smem_per_block
+    _require(passes.memory_bytes <= room, f"passes: {passes.memory_bytes} bytes of shared memory of {room}")
+    for product in passes.products:
+        name = f"passes: {product.phase.name}"
+        used = product.groups * product.splits
+        _require(0 < used <= plan.blocks, f"{name}: {used} parts for {plan.blocks} blocks")
+        _require(product.splits <= product.phase.fragments, f"{name}: {product.splits} splits of fewer fragments")
+        _require(product.splits == 1 or product.phase.name != "gate_up", f"{name}: gate and up meet in one block")
+        needed = product.slice_bytes(passes.slice(product))
+        _require(needed <= passes.stage_bytes, f"{name}: a slice of {needed} bytes in stages of {passes.stage_bytes}")
+        _require(needed % COPY_ALIGN == 0, f"{name}: slices of {needed} bytes are not aligned")
+    for regions in (passes.memory, passes.scratch):
+        for before, after in itertools.pairwise(regions):
+            kept = before.offset + before.bytes <= after.offset and after.offset % COPY_ALIGN == 0
+            _require(kept, f"passes: {after.name} at {after.offset} overlaps {before.name} or is not aligned")
