@@ -25,7 +25,7 @@ MOST_TILES = (16, 8, 4)  # that a block multiplies at a time; with more it reads
 SPLITS = (1, 2, 4, 8, 16)
 STAGES = 3  # of the ring, each with weights and the activations that they meet: larger slices, fewer copies
 FEWEST_STAGES = 2
-MOST_TOGETHER = 96  # head_dim of two tiles of attention columns at once: more would spill
+MOST_TOGETHER = 64  # head_dim of two tiles of attention columns at once: more would spill
 WORDS_BYTES = 512  # templates/cuda/pass.cuh: PassWords
 PRODUCERS = 4  # warps that issue its copies
 
