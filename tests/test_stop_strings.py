@@ -76,7 +76,7 @@ def test_examples() -> None:
 class Scripted:
     """A runtime that makes the tokens it was given, and notes how many were asked for and that it was stopped."""
 
-    plan = SimpleNamespace(max_context=1 << 20, spec=SimpleNamespace(vocab=331, bos_token=1))
+    plan = SimpleNamespace(max_context=1 << 20, passes=None, spec=SimpleNamespace(vocab=331, bos_token=1))
     last_timing = 1.0
 
     def __init__(self, tokens: list[int]) -> None:
