@@ -27,6 +27,7 @@ STAGES = 3  # of the ring, each with weights and the activations that they meet:
 FEWEST_STAGES = 2
 MOST_TOGETHER = 64  # head_dim of two tiles of attention columns at once: more would spill
 WORDS_BYTES = 512  # templates/cuda/pass.cuh: PassWords
+MEETING_BYTES = 128  # of the scratch memory, zero at a launch: how often all blocks have met, and whether to stop
 PRODUCERS = 4  # warps that issue its copies
 
 
@@ -144,7 +145,7 @@ def _passes(plan: Plan, tokens: int, most_tiles: int) -> Passes | None:
         ("ring", stages * stage_bytes), ("attention", attention), ("words", WORDS_BYTES), ("barriers", stages * 16)
     )
     scratch = _lay_out(
-        ("barrier", 128),
+        ("barrier", MEETING_BYTES),
         ("residual", tokens * spec.hidden * 4),
         ("normed", tokens * plan.hidden_padded * 2),
         ("attended", tokens * plan.layer_phases[1].columns_padded * 2),

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import KogcError
+from ..plan.passes import MEETING_BYTES
 from ..plan.plan import Plan
 from ..sampling import MAX_BIAS
 from . import HostWords, Kernel, Program, Runtime, trace_bytes
@@ -19,7 +20,6 @@ from .driver import Driver, check_driver, check_gpu, open_gpu
 from .upload import Uploader
 
 GENERATE, PROMPT, FILL, READ_CEILING = b"kogc_generate", b"kogc_prompt", b"kogc_fill", b"kogc_read_ceiling"
-MEETING_BYTES = 128  # of the scratch memory: how often all blocks have met, zero at a launch
 FILL_BLOCKS, FILL_THREADS = 1024, 256
 CEILING_REPEATS = 4
 READ_PASSES = 4  # of kogc_read_ceiling over its bytes, in one launch

@@ -74,7 +74,7 @@ template <class P> KOGC_DEVICE void store_pass(const KernelArgs& args, int x, in
   ((u16*)(pass_activation<P>(args, x, column, token) + column % 4 / 2 * 2))[column % 2] = one;
 }
 
-// Four rows of a phase's results for a token: the sum over the splits, always in the same order.
+// The results of a phase for a token: of each row the sum over the splits, always in the same order.
 template <class P, int SPLITS, int ROWS_PADDED> struct Parts {
   const float* from;
   KOGC_DEVICE Parts(const KernelArgs& args, int y, int token) : from((const float*)(args.scratch + y) + token * ROWS_PADDED) {}
