@@ -110,7 +110,7 @@ template <class P> class Decoder {
           if (row + 2 < work.rows) put(to + row / 2 + 1, b, parity_);
         }
       } else if (phase_ == HEAD) {
-        KOGC_UNROLL for (int e = 0; e < ROWS_TOGETHER; e++) if (row + e < work.rows) best = larger(best, consider(row + e, y[e]));
+        KOGC_UNROLL for (int e = 0; e < ROWS_TOGETHER; e++) if (row + e < work.rows) best = larger(best, consider(i + e, row + e, y[e]));
       } else {
         if (P::QKV_BIAS && phase_ == QKV) {
           Quad q = row == mine ? early : *(const Quad*)(bias + row);
@@ -129,21 +129,23 @@ template <class P> class Decoder {
   KOGC_DEVICE bool chooses() const { return where_.step >= args_.n_prompt - 1 && args_.max_new > 0; }
   KOGC_DEVICE u64* keys() const { return (u64*)(args_.exchange + P::X_KEYS); }
 
-  KOGC_DEVICE u64 consider(int row, float logit) {
+  // The block's i-th row, which is row `row` of all.
+  KOGC_DEVICE u64 consider(int i, int row, float logit) {
     if (args_.logits && where_.step < args_.n_prompt) args_.logits[(u64)where_.step * P::VOCAB + row] = logit;
-    if (args_.choice) slot(P::X_LOGITS)[row] = logit;
+    if (args_.choice && chooses()) Rows<P>::logit(args_, i, row) = logit;
     return key_of(logit, row);
   }
 
   KOGC_DEVICE void put_choice(u64 best, i32 stop) {
     const u32 tag = choice_tag(args_, where_.step);
     if (thread() == 0) words<P>().stop = stop;
-    if (args_.choice) best = sample<P>(args_, where_.step, best);
-    best = block_maximum<P>(best);
+    best = args_.choice ? sample<P>(args_, where_.step, best) : block_maximum<P>(best);
     if (thread() != 0) return;
     store_key(keys() + block(), best | (u64)(stop != 0) << STOP_BIT | tag);
-    if (args_.choice & LOGPROBS) put_raw<P>(args_, best, tag);
+    if (args_.choice & LOGPROBS) put_raw<P>(args_, best ? raw(row_of(best)) : 0, tag);
   }
+
+  KOGC_DEVICE float raw(int row) const { return Rows<P>::logit(args_, row - words<P>().work[HEAD].first, row); }
 
   // All blocks agree on the next token. False: it ends the generation.
   KOGC_DEVICE bool choose() {

@@ -50,8 +50,7 @@ KOGC_DEVICE void put_candidates(const KernelArgs& args, const float* logits, int
 }
 
 // The logit of the row with which this block takes part in the choice.
-template <class P> KOGC_DEVICE void put_raw(const KernelArgs& args, u64 best, u32 tag) {
-  const float logit = best ? ((const float*)(args.exchange + P::X_LOGITS))[row_of(best)] : 0.0f;
+template <class P> KOGC_DEVICE void put_raw(const KernelArgs& args, float logit, u32 tag) {
   store_key(candidates<P>(args, block()) + RAW, (u64)as_word(logit) << 32 | tag);
 }
 

@@ -4,8 +4,11 @@
 
 namespace kogc {
 
-// This block's rows of the vocabulary, and what is kept of them in memory; no other block reads it.
+// This block's rows of the vocabulary, and what is kept of them; no other block reads it. Logits and scores lie in shared
+// memory where both fit the residual stream's place, which nobody needs between the last norm and the next token.
 template <class P> struct Rows {
+  static constexpr int MOST = (P::Head::BASE + (P::Head::REMAINDER > 0)) * P::Head::UNIT;
+  static constexpr bool NEAR = 2 * MOST <= P::HIDDEN;
   int first, count;
   float *logits, *scores;  // as computed; after bias and penalties
   u32* seen;               // how often a row's token was generated; the highest bit: it was in the prompt
@@ -15,9 +18,18 @@ template <class P> struct Rows {
     const int rows = work.units * work.unit, left = work.rows - work.first;
     first = work.first;
     count = rows < left ? rows : left > 0 ? left : 0;
-    logits = (float*)(args.exchange + P::X_LOGITS) + first;
-    scores = (float*)(args.exchange + P::X_SCORES) + first;
+    if constexpr (NEAR) {
+      logits = (float*)(shared() + P::RESIDUAL_OFFSET);
+      scores = logits + MOST;
+    } else {
+      logits = (float*)(args.exchange + P::X_LOGITS) + first;
+      scores = (float*)(args.exchange + P::X_SCORES) + first;
+    }
     seen = (u32*)(args.exchange + P::X_SEEN) + first;
+  }
+  // Where the logit of the block's i-th row goes, which is row `row` of all.
+  static KOGC_DEVICE float& logit(const KernelArgs& args, int i, int row) {
+    return NEAR ? ((float*)(shared() + P::RESIDUAL_OFFSET))[i] : ((float*)(args.exchange + P::X_LOGITS))[row];
   }
   KOGC_DEVICE bool holds(int row) const { return row >= first && row < first + count; }
 };
@@ -91,13 +103,13 @@ template <class P> KOGC_DEVICE u64 draw(const KernelArgs& args, const Rows<P>& r
   return best;
 }
 
-// The key with which this thread's rows take part in the choice. greedy: its rows' largest logit. Out of line: a token
+// The key with which this block takes part in the choice. greedy: the largest logit of this thread's rows. Out of line: a token
 // needs it once, and the registers of a mat-vec must not be shared with it.
 template <class P> KOGC_COLD u64 sample(const KernelArgs& args, int step, u64 greedy) {
   const Where where{args, step, P::LAYERS};
   const Rows<P> rows(args);
   const u32 tag = choice_tag(args, step);
-  sync();  // the rows' logits are in memory
+  sync();  // the rows' logits are there
   exchange_begins<P>();
   if (args.choice & LOGPROBS) put_candidates<P>(args, rows.logits, rows.first, rows.count, greedy, tag);
   const bool lists = (args.choice & DRAW) && args.top_k && args.top_k <= MOST_LISTED;
@@ -132,6 +144,8 @@ template <class P> KOGC_COLD u64 sample(const KernelArgs& args, int step, u64 gr
   }
   if (thread() == 0) words<P>().agreed = agreed;
   exchange_ends<P>();
+  if (!agreed) return block_maximum<P>(best);
+  sync();
   return best;
 }
 
