@@ -82,6 +82,7 @@ def render(plan: Plan) -> Rendered:
         rows_listed=rows_listed(plan.blocks),
         phases=[(_struct(p), p) for p in plan.phases],
         passes=plan.passes,
+        cpu_passes=plan.cpu_passes,
         pass_phases=[(_struct(p.phase), p) for p in plan.passes.products] if plan.passes else [],
     )
     headers = {name: (data_dir("templates") / name).read_text() for name in files}

@@ -10,6 +10,7 @@ from functools import cached_property
 from ..errors import UsageError
 from ..profile import GpuProfile
 from ..spec import ModelSpec
+from .cpu_passes import CpuPasses, cpu_passes
 from .exchange import ExchangeMap, exchange_map
 from .matvec import FRAGMENT_BYTES, WARPS, MatVec, cut, round_up
 from .passes import Passes, passes
@@ -198,8 +199,13 @@ class Plan:
 
     @cached_property
     def passes(self) -> Passes | None:
-        """How a prompt goes through the layers many tokens at a time; None where it goes token by token."""
+        """How a GPU takes a prompt, many tokens at a time; None where it goes token by token."""
         return passes(self)
+
+    @cached_property
+    def cpu_passes(self) -> CpuPasses | None:
+        """How a CPU takes a prompt, many tokens at a time."""
+        return cpu_passes(self)
 
     @property
     def embedding_bytes(self) -> int:

@@ -71,6 +71,18 @@ def kernel_args(
     return args
 
 
+def split_prompt(args: KernelArgs, vocab: int) -> KernelArgs:
+    """Arguments of the passes over all of the prompt but its last token; `args` keep that one, and what follows it."""
+    first = KernelArgs.from_buffer_copy(args)
+    first.n_prompt, first.max_new, first.choice = args.n_prompt - 1, 0, 0
+    args.start += first.n_prompt
+    args.n_history += first.n_prompt
+    args.prompt += 4 * first.n_prompt
+    args.logits += 4 * vocab * first.n_prompt if args.logits else 0
+    args.n_prompt = 1
+    return first
+
+
 def _fill_sampling(args: KernelArgs, s: Sampling) -> None:
     """ValueError for a draw without a seed: whoever launches has chosen one."""
     flags = {

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from ..errors import KogcError
 from ..plan.plan import Plan
 from . import HostWords, Kernel, Program, Runtime, trace_bytes
-from .args import KernelArgs
+from .args import KernelArgs, split_prompt
 
 CEILING_REPEATS = 5
 CEILING_BYTES = 512 << 20  # at least: more than the caches of a server hold
@@ -36,7 +36,7 @@ class CpuRuntime(Runtime):
         _check_cpu(program, oversubscribe)
         self.kernel = Kernel(self.plan, _open_library(program.binary))
         self._rope = np.ascontiguousarray(program.rope, np.float32)
-        self._exchange = self._trace = _aligned(0)
+        self._exchange = self._pass_exchange = self._trace = _aligned(0)
         self._fit(self.plan)
         self._kv = _anonymous(self.plan.kv_bytes)
         self._words = _aligned(HostWords.bytes(self.plan.max_context))
@@ -67,6 +67,10 @@ class CpuRuntime(Runtime):
     def _fit(self, plan: Plan) -> None:
         if len(self._exchange) < plan.exchanges.bytes:
             self._exchange = _aligned(plan.exchanges.bytes)
+        assert plan.cpu_passes
+        passes = plan.cpu_passes
+        if len(self._pass_exchange) < passes.tokens * passes.exchange_bytes:
+            self._pass_exchange = _aligned(passes.tokens * passes.exchange_bytes)
         if len(self._trace) < trace_bytes(plan):
             self._trace = _aligned(trace_bytes(plan))
 
@@ -88,21 +92,32 @@ class CpuRuntime(Runtime):
     def _launch(self, args: KernelArgs, prompt: NDArray[np.int32], logits: bool, bias: NDArray[np.int32]) -> None:
         self._exchange[:] = 0
         self._trace[:] = 0
-        prompt, generate = np.ascontiguousarray(prompt), self._library.kogc_generate
+        prompt, library = np.ascontiguousarray(prompt), self._library
         if logits:
             self._logits = np.empty((args.n_prompt, self.plan.spec.vocab), np.float32)
         args.prompt = prompt.ctypes.data + prompt.itemsize * args.n_history
         args.bias = bias.ctypes.data
         args.logits = self._logits.ctypes.data if logits else 0
+        launches = [(library.kogc_generate, args)]
+        if args.n_prompt > 1:
+            launches.insert(0, (library.kogc_prompt, self._passes_of(args)))
 
         def work() -> None:
             before = time.perf_counter()
-            self._status = int(generate(ctypes.byref(args)))
+            self._status = 0
+            for launch, its in launches:
+                self._status = self._status or int(launch(ctypes.byref(its)))
             self.last_timing = (time.perf_counter() - before) * 1e3
             prompt.flags.writeable = bias.flags.writeable = False  # the closure keeps both alive until here
 
         self._thread = threading.Thread(target=work, name="kogc", daemon=True)
         self._thread.start()
+
+    def _passes_of(self, args: KernelArgs) -> KernelArgs:
+        self._pass_exchange[:] = 0
+        first = split_prompt(args, self.plan.spec.vocab)
+        first.exchange = self._pass_exchange.ctypes.data
+        return first
 
     def _done(self) -> bool:
         if self._thread is not None and self._thread.is_alive():
@@ -157,7 +172,7 @@ class CpuRuntime(Runtime):
         self.words.stop_word[0] = 1
         self._wait()
         empty = np.empty(0, np.uint8)
-        self._weights, self._kv, self._exchange = empty, empty, empty  # unmaps with the last reference
+        self._weights = self._kv = self._exchange = self._pass_exchange = empty  # unmaps with the last reference
 
 
 def _check_cpu(program: Program, oversubscribe: bool) -> None:
@@ -177,8 +192,9 @@ def _check_cpu(program: Program, oversubscribe: bool) -> None:
 def _open_library(path: Path) -> ctypes.CDLL:
     try:
         library = ctypes.CDLL(str(path.resolve()))
-        library.kogc_generate.argtypes = [ctypes.POINTER(KernelArgs)]
-        library.kogc_generate.restype = ctypes.c_int
+        for launch in (library.kogc_generate, library.kogc_prompt):
+            launch.argtypes = [ctypes.POINTER(KernelArgs)]
+            launch.restype = ctypes.c_int
         pointer, u64 = ctypes.c_void_p, ctypes.c_uint64
         library.kogc_fill.argtypes = [pointer, u64, ctypes.c_uint32, ctypes.c_float, ctypes.c_int32]
         library.kogc_fill.restype = None

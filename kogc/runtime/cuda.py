@@ -15,7 +15,7 @@ from ..plan.passes import MEETING_BYTES
 from ..plan.plan import Plan
 from ..sampling import MAX_BIAS
 from . import HostWords, Kernel, Program, Runtime, trace_bytes
-from .args import BIAS_BYTES, KernelArgs
+from .args import BIAS_BYTES, KernelArgs, split_prompt
 from .driver import Driver, check_driver, check_gpu, open_gpu
 from .upload import Uploader
 
@@ -216,15 +216,10 @@ class CudaRuntime(Runtime):
         """Launch the passes over all of the prompt but its last token, and leave that to the launch that follows."""
         plan = self.plan
         assert plan.passes
-        first = KernelArgs.from_buffer_copy(args)
-        first.n_prompt = args.n_prompt - 1
+        first = split_prompt(args, plan.spec.vocab)
         self._driver.call("cuMemsetD8Async", self._scratch, 0, MEETING_BYTES, self._stream)
         shared = plan.passes.memory_bytes
         self._start(self.kernel.module[PROMPT], plan.blocks, plan.passes.threads, shared, first, cooperative=True)
-        args.start += first.n_prompt
-        args.n_history += first.n_prompt
-        args.prompt += 4 * first.n_prompt
-        args.n_prompt = 1
 
     def _start(
         self, function: Any, blocks: int, threads: int, shared: int, *values: Any, cooperative: bool = False

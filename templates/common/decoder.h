@@ -3,6 +3,9 @@
 //
 // The phases share one loop, and with it one instance of the code of a mat-vec, a norm and a gather: half the code, and
 // registers that one phase's addresses cannot take from another.
+//
+// Where P::TOKENS is more than one, a step takes so many tokens of a prompt (a pass): what is read of the weights serves
+// all of them. Each token goes the way that it would go alone, through exchanges of its own, so its bits are the same.
 #pragma once
 
 namespace kogc {
@@ -17,18 +20,43 @@ template <class P> struct Generation {
 // The i-th phase of a step.
 template <class P> KOGC_DEVICE int phase_at(int i) { return i < P::LAYERS * LAYER_PHASES ? i % LAYER_PHASES : HEAD; }
 
-template <class P> class Decoder {
-  static_assert(P::TOKENS == 1, "attention and the choice take one token a pass");
-
+// The arguments as token i of a pass sees them.
+template <class P, bool MANY = (P::TOKENS > 1)> class TokenArgs {
  public:
-  KOGC_DEVICE Decoder(const KernelArgs& args, Stream<P>& stream) : args_(args), stream_(stream), where_{args, 0, 0} {}
+  KOGC_DEVICE TokenArgs(const KernelArgs& args) : args_(args) {}
+  KOGC_DEVICE const KernelArgs& operator[](int) const { return args_; }
 
-  // A token goes in, the next one comes out. False: the generation has ended.
+ private:
+  const KernelArgs& args_;
+};
+
+template <class P> class TokenArgs<P, true> {
+ public:
+  KOGC_DEVICE TokenArgs(const KernelArgs& args) {
+    for (int i = 0; i < P::TOKENS; i++) {
+      of_[i] = args;
+      of_[i].exchange += i * P::EXCHANGE_BYTES;
+    }
+  }
+  KOGC_DEVICE const KernelArgs& operator[](int i) const { return of_[i]; }
+
+ private:
+  KernelArgs of_[P::TOKENS];
+};
+
+template <class P> class Decoder {
+ public:
+  KOGC_DEVICE Decoder(const KernelArgs& args, Stream<P>& stream) : args_(args), of_(args), stream_(stream), where_{args, 0, 0} {}
+
+  // A token goes in, the next one comes out; or a pass of the prompt goes in, from token `step` on. False: the generation
+  // has ended.
   KOGC_DEVICE bool step(int step) {
     where_.step = step;
     mark(BEGIN);
-    const i32 token = step < args_.n_prompt ? args_.prompt[step] : words<P>().chosen;
-    Residual<P>::load_embedding(args_.embedding + (u64)token * P::HIDDEN);
+    each_token([&](int i) {
+      const i32 token = step + i < args_.n_prompt ? args_.prompt[step + i] : words<P>().chosen;
+      Residual<P>::load_embedding(args_.embedding + (u64)token * P::HIDDEN, i);
+    });
     where_.layer = 0;
     phase_ = QKV;
 #pragma unroll 1
@@ -41,12 +69,21 @@ template <class P> class Decoder {
       project();
       if (++phase_ == HEAD && ++where_.layer < P::LAYERS) phase_ = QKV;
     }
-    return !chooses() || choose();
+    if constexpr (TOKENS == 1) return !chooses() || choose();
+    return true;
   }
 
  private:
+  static constexpr int TOKENS = P::TOKENS;
   static constexpr bool PAIRS = !P::FP16 && P::FFN % 8 == 0;  // the widest vector crosses as two BF16 values a word
   static constexpr int HIDDEN_WORDS = PAIRS ? P::FFN / 2 : P::FFN;
+
+  // use(i) for each token of the pass.
+  template <class Use> KOGC_DEVICE void each_token(Use use) const {
+    if constexpr (TOKENS == 1) return use(0);
+    const int count = tokens_of<P>(args_, where_.step);
+    for (int i = 0; i < count; i++) use(i);
+  }
 
   // Brings the phase's activation into shared memory, from what the blocks have put.
   KOGC_DEVICE void input() {
@@ -54,31 +91,39 @@ template <class P> class Decoder {
       attention();
       mark(ATTENTION_GATHER);
     } else if (phase_ == DOWN) {
-      gather<P, HIDDEN_WORDS, PAIRS>(slot(P::X_HIDDEN), activation<P>(), P::Down::COLUMNS_PADDED, parity_, where_, WAIT_HIDDEN);
+      each_token([&](int i) {
+        gather<P, HIDDEN_WORDS, PAIRS>(slot(P::X_HIDDEN, i), activation<P>(i), P::Down::COLUMNS_PADDED, parity_, where_, WAIT_HIDDEN);
+      });
       mark(HIDDEN_GATHER);
     } else {
       const bool first = phase_ == QKV && where_.layer == 0, after_attention = phase_ == GATE_UP;
       const int norm = 2 * where_.layer + after_attention;
       Quad gamma[Residual<P>::OWN];  // arrives while the blocks are awaited
       Residual<P>::load_gamma(gamma, args_.norms + (u64)norm * P::HIDDEN);
-      if (!first) Residual<P>::add(slot(after_attention ? P::X_O : P::X_DOWN), parity_, where_, after_attention ? WAIT_O : WAIT_DOWN);
-      Residual<P>::normalise(gamma, activation<P>(), P::HIDDEN_PADDED);
+      each_token([&](int i) {
+        if (!first) Residual<P>::add(slot(after_attention ? P::X_O : P::X_DOWN, i), i, parity_, where_, after_attention ? WAIT_O : WAIT_DOWN);
+        Residual<P>::normalise(gamma, i, activation<P>(i), P::HIDDEN_PADDED);
+      });
       mark(first ? EMBED : after_attention ? O_GATHER : DOWN_GATHER);
     }
   }
 
   KOGC_DEVICE void attention() {
-    attend<P>(stream_, args_, position(), parity_, where_);
+    each_token([&](int i) { attend<P>(stream_, of_[i], position(i), parity_, where_); });
     products_.begin(stream_, words<P>().work[O], where_);  // not before: keys and values lie ahead of its weights
-    const Span<P> span(opaque(position()), P::window(where_.layer));  // opaque: not kept from attend() on
+    each_token([&](int i) { gather_attention(i); });
+  }
+
+  KOGC_DEVICE void gather_attention(int i) {
+    const Span<P> span(opaque(position(i)), P::window(where_.layer));  // opaque: not kept from attend() on
     if (span.active() <= P::GATHER_SPLITS) {
-      gather_partials<P>(args_, span, activation<P>(), parity_, where_);
-      clear_activation(activation<P>(), P::Q_ROWS, P::O::COLUMNS_PADDED);
+      gather_partials<P>(of_[i], span, activation<P>(i), parity_, where_);
+      clear_activation(activation<P>(i), P::Q_ROWS, P::O::COLUMNS_PADDED);
       sync();
     } else {
-      combined_parity_ ^= 1;
-      combine<P>(args_, span, parity_, combined_parity_, where_);
-      gather<P, P::Q_ROWS>(slot(P::X_ATTENTION), activation<P>(), P::O::COLUMNS_PADDED, combined_parity_, where_, WAIT_ATTENTION);
+      combined_parity_[i] ^= 1;
+      combine<P>(of_[i], span, parity_, combined_parity_[i], where_);
+      gather<P, P::Q_ROWS>(slot(P::X_ATTENTION, i), activation<P>(i), P::O::COLUMNS_PADDED, combined_parity_[i], where_, WAIT_ATTENTION);
     }
   }
 
@@ -89,18 +134,17 @@ template <class P> class Decoder {
     const bool asks = phase_ == HEAD && block() == 0 && thread() == 0;
     const i32 stop = asks ? load_host(args_.stop_word) : 0;  // arrives while the rows stream
     u64 best = 0;
-    float* to = slot(work.exchange);
+    float* const slot_of_first = slot(work.exchange, 0);  // a token alone has it found before its rows come
     const u16* bias = args_.qkv_bias + (u64)where_.layer * P::Qkv::ROWS;
     const int mine = work.first + ROWS_TOGETHER * thread();
     Quad early = {};  // the bias of this thread's first rows, on its way before it is needed
     if (P::QKV_BIAS && phase_ == QKV && mine < work.rows) early = *(const Quad*)(bias + mine);
-    const auto multiplied = [&] { mark(products_mark()); };
-    products_.run(stream_, where_, multiplied, [&](int i, const float (&sums)[P::TOKENS][ROWS_TOGETHER]) {
-      const int row = work.first + i;
-      if (row >= work.rows) return;
-      const float scale = normalised ? Residual<P>::scale() : PAIRS && phase_ == DOWN ? PAIR_UNSCALE : 1.0f;
+    const auto put_rows = [&](int i, int first, const float (&sums)[ROWS_TOGETHER]) {
+      const int row = work.first + first;
+      float* to = TOKENS == 1 ? slot_of_first : slot(work.exchange, i);
+      const float scale = normalised ? Residual<P>::scale(i) : PAIRS && phase_ == DOWN ? PAIR_UNSCALE : 1.0f;
       float y[ROWS_TOGETHER];
-      KOGC_UNROLL for (int e = 0; e < ROWS_TOGETHER; e++) y[e] = sums[0][e] * scale;
+      KOGC_UNROLL for (int e = 0; e < ROWS_TOGETHER; e++) y[e] = sums[e] * scale;
       if (phase_ == GATE_UP) {  // rows alternate: gate 0, up 0, gate 1, up 1, ...
         const float a = silu(y[0]) * y[1], b = silu(y[2]) * y[3];
         if constexpr (PAIRS) {
@@ -110,7 +154,8 @@ template <class P> class Decoder {
           if (row + 2 < work.rows) put(to + row / 2 + 1, b, parity_);
         }
       } else if (phase_ == HEAD) {
-        KOGC_UNROLL for (int e = 0; e < ROWS_TOGETHER; e++) if (row + e < work.rows) best = larger(best, consider(i + e, row + e, y[e]));
+        KOGC_UNROLL for (int e = 0; e < ROWS_TOGETHER; e++)
+          if (row + e < work.rows) best = larger(best, consider(i, first + e, row + e, y[e]));
       } else {
         if (P::QKV_BIAS && phase_ == QKV) {
           Quad q = row == mine ? early : *(const Quad*)(bias + row);
@@ -119,9 +164,13 @@ template <class P> class Decoder {
         }
         put_vector(to + row, y, parity_);
       }
+    };
+    const auto multiplied = [&] { mark(products_mark()); };
+    products_.run(stream_, where_, multiplied, [&](int first, const float (&sums)[TOKENS][ROWS_TOGETHER]) {
+      if (work.first + first < work.rows) each_token([&](int i) { put_rows(i, first, sums[i]); });
     });
     if (phase_ != HEAD) mark(output_mark());
-    else if (chooses()) put_choice(best, stop);
+    else if constexpr (TOKENS == 1) if (chooses()) put_choice(best, stop);
   }
 
   // --- the choice of a token -------------------------------------------------------------------------------------------
@@ -129,10 +178,10 @@ template <class P> class Decoder {
   KOGC_DEVICE bool chooses() const { return where_.step >= args_.n_prompt - 1 && args_.max_new > 0; }
   KOGC_DEVICE u64* keys() const { return (u64*)(args_.exchange + P::X_KEYS); }
 
-  // The block's i-th row, which is row `row` of all.
-  KOGC_DEVICE u64 consider(int i, int row, float logit) {
-    if (args_.logits && where_.step < args_.n_prompt) args_.logits[(u64)where_.step * P::VOCAB + row] = logit;
-    if (args_.choice && chooses()) Rows<P>::logit(args_, i, row) = logit;
+  // The block's row number `at`, which is row `row` of all, for token i.
+  KOGC_DEVICE u64 consider(int i, int at, int row, float logit) {
+    if (args_.logits && where_.step < args_.n_prompt) args_.logits[(u64)(where_.step + i) * P::VOCAB + row] = logit;
+    if constexpr (TOKENS == 1) if (args_.choice && chooses()) Rows<P>::logit(args_, at, row) = logit;
     return key_of(logit, row);
   }
 
@@ -165,8 +214,8 @@ template <class P> class Decoder {
     return !stopped;
   }
 
-  KOGC_DEVICE float* slot(int offset) const { return (float*)(args_.exchange + offset); }
-  KOGC_DEVICE int position() const { return args_.start + where_.step; }
+  KOGC_DEVICE float* slot(int offset, int i) const { return (float*)(of_[i].exchange + offset); }
+  KOGC_DEVICE int position(int i) const { return args_.start + where_.step + i; }
   KOGC_DEVICE void mark(Mark what) const { Trace<P>::mark(args_, what); }
   KOGC_DEVICE Mark products_mark() const {
     return phase_ == QKV ? QKV_PRODUCTS : phase_ == O ? O_PRODUCTS : phase_ == GATE_UP ? GATE_UP_PRODUCTS : phase_ == DOWN ? DOWN_PRODUCTS : HEAD_PRODUCTS;
@@ -174,11 +223,12 @@ template <class P> class Decoder {
   KOGC_DEVICE Mark output_mark() const { return phase_ == QKV ? QKV_PUT : phase_ == O ? O_PUT : phase_ == GATE_UP ? GATE_UP_PUT : DOWN_PUT; }
 
   const KernelArgs& args_;
+  const TokenArgs<P> of_;
   Stream<P>& stream_;
   Where where_;
   MatVec<P> products_;
   int phase_ = QKV;
-  u32 parity_ = 0, combined_parity_ = 0;
+  u32 parity_ = 0, combined_parity_[TOKENS] = {};
 };
 
 }  // namespace kogc

@@ -1,4 +1,4 @@
-// Which rows of a mat-vec phase this block holds; the same arithmetic as kogc/plan/matvec.py.
+// Which tokens a step takes, and which rows of a mat-vec phase this block holds: the arithmetic of kogc/plan/matvec.py.
 // M: ROWS, COLUMNS, COLUMNS_PADDED, UNIT, BASE, REMAINDER, ROTATION.
 #pragma once
 
@@ -12,6 +12,13 @@ constexpr int ROWS_TOGETHER = 4;  // rows that a mat-vec hands on at once; units
 // A block's share of a phase: `units` units of `unit` rows, from row `first` on, of `rows` true rows.
 // `exchange` is where its results go, in bytes from the start of the exchange buffer.
 struct alignas(16) Work { int units, unit, first, rows, columns, exchange; };
+
+// A step takes one token, or as many of a prompt as a pass may have.
+template <class P> KOGC_DEVICE int tokens_of(const KernelArgs& args, int step) {
+  if constexpr (P::TOKENS == 1) return 1;
+  const int left = args.n_prompt - step;
+  return left < P::TOKENS ? left : P::TOKENS;
+}
 
 template <class P, class M> KOGC_DEVICE Work share(int exchange) {
   int rank = block() - M::ROTATION;

@@ -4,7 +4,7 @@
 
 namespace kogc {
 
-template <class P> KOGC_DEVICE char* scratch() { return shared() + P::ACTIVATION_OFFSET; }
+template <class P> KOGC_DEVICE char* scratch() { return shared() + P::SCRATCH_OFFSET; }
 
 template <class P> class AttentionCore {
   static constexpr int DIM = P::HEAD_DIM, HEADS = P::HEADS_PER_BLOCK, OUT = DIM + 4;

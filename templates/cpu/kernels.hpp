@@ -50,15 +50,15 @@ struct Team {
 };
 
 // --- generation ------------------------------------------------------------------------------------------------------
-// One block's part, to the end of the generation. Not inlined: what calls setjmp is not optimised.
+// One block's part, to the end of the generation, or of the passes over a prompt. Not inlined: what calls setjmp is not optimised.
 template <class P>
 inline __attribute__((noinline)) void generate_block(const KernelArgs& args) {
   init_words<P>();
   Stream<P> stream;
   Decoder<P> decoder(args, stream);
   const int steps = Generation<P>::steps(args);
-  for (int step = 0; step < steps; step++) {
-    if (block() == 0 && load_host(args.stop_word)) leave(STOPPED);  // also between the tokens of a prompt
+  for (int step = 0; step < steps; step += P::TOKENS) {
+    if (block() == 0 && load_host(args.stop_word)) leave(STOPPED);  // also between the tokens or passes of a prompt
     stream.rewind(args.slabs);
     if (!decoder.step(step)) break;
   }

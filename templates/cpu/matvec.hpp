@@ -1,15 +1,19 @@
-// Mat-vec of 16-bit weights: a fragment is eight rows of 32 columns (or, in units of four rows, two blocks of 32 columns),
-// and each of its eight rows has an accumulator, so a piece of the activation is loaded once for all of them.
+// Mat-vec of 16-bit weights. A fragment is eight lines of 32 columns: of eight rows, or (in units of four rows) of four rows
+// twice. Each line has an accumulator for each token, so a piece of an activation is loaded once for several lines, and
+// a piece of the weights once for several tokens. Which of them are taken together changes no sum's order: the bits of
+// a token's results do not depend on the tokens beside it.
 #pragma once
 
 namespace kogc {
 
-template <class P> KOGC_DEVICE u16* activation() { return (u16*)(shared() + P::ACTIVATION_OFFSET); }
+template <class P> KOGC_DEVICE u16* activation(int token = 0) {
+  return (u16*)(shared() + P::ACTIVATION_OFFSET + token * P::ACTIVATION_BYTES);
+}
 
 // Four columns of the activation, from column 4 * `vector` on.
 KOGC_DEVICE void store_activation(u16* x, int vector, Quad q) { ((Quad*)x)[vector] = q; }
 
-// 32 columns of the activation, in the form in which weights meet them.
+// Columns of weights or of an activation, in the form in which they meet.
 #if defined(__AVX512BF16__)
 constexpr bool BF16_PRODUCTS = true;
 #else
@@ -17,70 +21,104 @@ constexpr bool BF16_PRODUCTS = false;
 #endif
 
 template <bool FP16, bool DIRECT = BF16_PRODUCTS && !FP16> struct Columns {
-  static constexpr int PAIRS = 16 / VECTOR;
-  Pair x[PAIRS];
+  static constexpr int WIDTH = 2 * VECTOR;
+  Pair x;
 
-  KOGC_DEVICE Columns(const u16* from) {
-    KOGC_UNROLL_ALL for (int i = 0; i < PAIRS; i++) x[i] = load_pair<FP16>(from + i * 2 * VECTOR);
-  }
-  KOGC_DEVICE Vector times(const u16* weights, Vector sum) const {
-    KOGC_UNROLL_ALL for (int i = 0; i < PAIRS; i++) {
-      const Pair w = load_pair<FP16>(weights + i * 2 * VECTOR);
-      sum = multiply_add(w.b, x[i].b, multiply_add(w.a, x[i].a, sum));
-    }
-    return sum;
-  }
+  static KOGC_DEVICE Columns at(const u16* from) { return {load_pair<FP16>(from)}; }
+  KOGC_DEVICE Vector times(const Columns& w, Vector sum) const { return multiply_add(w.x.b, x.b, multiply_add(w.x.a, x.a, sum)); }
 };
 
 #if defined(__AVX512BF16__)
 template <> struct Columns<false, true> {
+  static constexpr int WIDTH = 32;
   __m512bh x;
-  KOGC_DEVICE Columns(const u16* from) : x((__m512bh)_mm512_loadu_si512(from)) {}
-  KOGC_DEVICE Vector times(const u16* weights, Vector sum) const {
-    return _mm512_dpbf16_ps(sum, (__m512bh)_mm512_loadu_si512(weights), x);
-  }
+
+  static KOGC_DEVICE Columns at(const u16* from) { return {(__m512bh)_mm512_loadu_si512(from)}; }
+  KOGC_DEVICE Vector times(const Columns& w, Vector sum) const { return _mm512_dpbf16_ps(sum, w.x, x); }
 };
 #endif
 
-// The UNIT rows of one unit times the activation, to y; `at` moves past the unit.
-template <class P, int UNIT> KOGC_DEVICE void multiply_unit(const u8*& at, const u16* x, int columns, float (&y)[8]) {
-  constexpr int SUB_BLOCKS = 8 / UNIT;
-  Vector sum[8];
-  KOGC_UNROLL_ALL for (int r = 0; r < 8; r++) sum[r] = zero();
-  const u16* w = (const u16*)at;
-  for (const u16* const end = x + columns; x < end; x += 32 * SUB_BLOCKS, w += 256) {
-    KOGC_UNROLL_ALL for (int r = 0; r < 8; r++) prefetch((const u8*)(w + 32 * r) + AHEAD);
-    KOGC_UNROLL_ALL for (int s = 0; s < SUB_BLOCKS; s++) {
-      const Columns<P::FP16> piece(x + 32 * s);
-      KOGC_UNROLL_ALL for (int r = 0; r < UNIT; r++)
-        sum[s * UNIT + r] = piece.times(w + (s * UNIT + r) * 32, sum[s * UNIT + r]);
+// What is multiplied at a time: as much as there are registers for.
+template <class P> struct Tile {
+  static constexpr int LINES = P::TOKENS == 1 ? 8 : 4, TOKENS = P::TOKENS == 1 ? 1 : VECTOR / 4;
+  static_assert(P::TOKENS % TOKENS == 0);
+};
+
+// LINES lines of a unit times the activations of TOKENS tokens, to y[token][line]. Meanwhile `fetched` lines of what is
+// `ahead` are fetched for each fragment.
+template <class P, int UNIT>
+KOGC_DEVICE void multiply_tile(const u16* w, const u16* x, int columns, const u8* ahead, int fetched,
+                               float (&y)[Tile<P>::TOKENS * Tile<P>::LINES]) {
+  using Piece = Columns<P::FP16>;
+  constexpr int LINES = Tile<P>::LINES, TOKENS = Tile<P>::TOKENS, ROWS = LINES < UNIT ? LINES : UNIT;
+  Vector sum[TOKENS * LINES / 8][8];
+  KOGC_UNROLL_ALL for (int i = 0; i < TOKENS * LINES; i++) sum[i / 8][i % 8] = zero();
+  for (const u16* const end = x + columns; x < end; x += 256 / UNIT, w += 256, ahead += 64 * fetched) {
+    for (int line = 0; line < fetched; line++) prefetch(ahead + 64 * line);
+    KOGC_UNROLL_ALL for (int first = 0; first < LINES; first += ROWS) {
+      KOGC_UNROLL_ALL for (int c = 0; c < 32; c += Piece::WIDTH) {
+        Piece of[TOKENS];
+        KOGC_UNROLL_ALL for (int t = 0; t < TOKENS; t++) of[t] = Piece::at(x + t * (P::ACTIVATION_BYTES / 2) + first / UNIT * 32 + c);
+        KOGC_UNROLL_ALL for (int line = first; line < first + ROWS; line++) {
+          const Piece weights = Piece::at(w + line * 32 + c);
+          KOGC_UNROLL_ALL for (int t = 0; t < TOKENS; t++) {
+            Vector& s = sum[(t * LINES + line) / 8][(t * LINES + line) % 8];
+            s = of[t].times(weights, s);
+          }
+        }
+      }
     }
   }
-  at = (const u8*)w;
-  _mm256_storeu_ps(y, sums_of(sum));
-  if constexpr (SUB_BLOCKS == 2)
-    for (int r = 0; r < 4; r++) y[r] += y[r + 4];
+  KOGC_UNROLL_ALL for (int i = 0; i < TOKENS * LINES / 8; i++) _mm256_storeu_ps(y + 8 * i, sums_of(sum[i]));
 }
 
 // y = W x for this block's rows. `multiplied()` runs once before the first result; `result(i, y)` gets the block's rows
-// i .. i + 3.
+// i .. i + 3 of each token.
 template <class P> class MatVec {
  public:
   KOGC_DEVICE void begin(Stream<P>&, const Work& work, const Where&) { work_ = work; }
 
   template <class Multiplied, class Result>
-  KOGC_DEVICE void run(Stream<P>& stream, const Where&, Multiplied multiplied, Result result) {
+  KOGC_DEVICE void run(Stream<P>& stream, const Where& where, Multiplied multiplied, Result result) {
     multiplied();
+    const int tokens = tokens_of<P>(where.args, where.step);
     for (int unit = 0; unit < work_.units; unit++) {
-      float y[8];
-      if (work_.unit == 8) multiply_unit<P, 8>(stream.at, activation<P>(), work_.columns, y);
-      else multiply_unit<P, 4>(stream.at, activation<P>(), work_.columns, y);
-      for (int r = 0; r < work_.unit; r += ROWS_TOGETHER) result(unit * work_.unit + r, (const float(&)[1][ROWS_TOGETHER])y[r]);
+      Rows y;
+      if (work_.unit == 8) multiply_unit<8>(stream.at, tokens, y);
+      else multiply_unit<4>(stream.at, tokens, y);
+      for (int r = 0; r < work_.unit; r += ROWS_TOGETHER) result(unit * work_.unit + r, y[r / ROWS_TOGETHER]);
     }
     read_next(stream.at);
   }
 
  private:
+  using Rows = float[8 / ROWS_TOGETHER][P::TOKENS][ROWS_TOGETHER];  // of a unit
+  static constexpr int LINES = Tile<P>::LINES, TOGETHER = Tile<P>::TOKENS;
+
+  // The rows of one unit times the activations; `at` moves past the unit.
+  template <int UNIT> KOGC_DEVICE void multiply_unit(const u8*& at, int tokens, Rows& y) const {
+    const int bytes = 2 * UNIT * work_.columns;
+    // One token passes a unit once, many tokens several times: then each time fetches a share of the next unit.
+    const int times = 8 / LINES * ((tokens + TOGETHER - 1) / TOGETHER), fetched = P::TOKENS == 1 ? 8 : (7 + times) / times;
+    const u8* ahead = at + (P::TOKENS == 1 ? AHEAD : bytes);
+    for (int token = 0; token < tokens; token += TOGETHER) {
+      for (int first = 0; first < 8; first += LINES) {
+        float sums[TOGETHER * LINES];
+        const u16* x = activation<P>(token) + first / UNIT * 32;
+        multiply_tile<P, UNIT>((const u16*)at + 32 * first, x, work_.columns, ahead, fetched, sums);
+        ahead += work_.columns * UNIT / 256 * 64 * fetched;
+        for (int t = 0; t < TOGETHER; t++) {
+          for (int line = 0; line < LINES; line++) {
+            const int row = (first + line) % UNIT;
+            float& to = y[row / ROWS_TOGETHER][token + t][row % ROWS_TOGETHER];
+            to = first + line < UNIT ? sums[t * LINES + line] : to + sums[t * LINES + line];
+          }
+        }
+      }
+    }
+    at += bytes;
+  }
+
   Work work_ = {};
 };
 

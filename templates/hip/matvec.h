@@ -11,7 +11,10 @@
 namespace kogc {
 
 template <class P> KOGC_DEVICE float* partial_sums() { return (float*)(shared() + P::PARTIAL_OFFSET); }
-template <class P> KOGC_DEVICE u16* activation() { return (u16*)(shared() + P::ACTIVATION_OFFSET); }
+template <class P> KOGC_DEVICE u16* activation(int = 0) {
+  static_assert(P::TOKENS == 1);
+  return (u16*)(shared() + P::ACTIVATION_OFFSET);
+}
 
 // Four columns of the activation, from column 4 * `vector` on.
 KOGC_DEVICE void store_activation(u16* x, int vector, Quad q) { ((Quad*)x)[vector] = q; }
