@@ -77,13 +77,22 @@ struct Plan {
   static constexpr bool TRACE = TRACE_EVENTS > 0;
   // memory of a thread, bytes
   static constexpr int ACTIVATION_OFFSET = 0, REDUCE_OFFSET = 20480;
-  static constexpr int RESIDUAL_OFFSET = 19712;
-  static constexpr int SHARED_BYTES = 20992;
+  static constexpr int RESIDUAL_OFFSET = 19712, SCRATCH_OFFSET = ACTIVATION_OFFSET;
+  static constexpr int ACTIVATION_BYTES = 11520, SHARED_BYTES = 20992;
+};
+
+// The same for a pass over a prompt, of which each token has its own activation, residual stream and exchanges.
+struct PassPlan : Plan {
+  static constexpr int TOKENS = 16, EXCHANGE_BYTES = 7936;
+  static constexpr int ACTIVATION_OFFSET = 0, SCRATCH_OFFSET = 9216, RESIDUAL_OFFSET = 9600, REDUCE_OFFSET = 21888;
+  static constexpr int ACTIVATION_BYTES = 576, SHARED_BYTES = 22400;
+  static constexpr bool TRACE = false;
 };
 
 }  // namespace kogc
 
 #define KOGC_EXPORT extern "C" __attribute__((visibility("default")))
 KOGC_EXPORT int kogc_generate(const kogc::KernelArgs* args) { return kogc::generate<kogc::Plan>(*args); }
+KOGC_EXPORT int kogc_prompt(const kogc::KernelArgs* args) { return kogc::generate<kogc::PassPlan>(*args); }
 KOGC_EXPORT void kogc_fill(kogc::u16* to, kogc::u64 n, kogc::u32 seed, float amplitude, int fp16) { kogc::fill(to, n, seed, amplitude, fp16); }
 KOGC_EXPORT void kogc_read_ceiling(const void* from, kogc::u64 bytes, int threads) { kogc::read_ceiling(from, bytes, threads); }

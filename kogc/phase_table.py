@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from .plan.cpu_passes import CpuPasses
 from .plan.matvec import MatVec
 from .plan.passes import Passes
 from .plan.plan import Plan
@@ -31,6 +32,7 @@ def phase_table(plan: Plan) -> dict[str, Any]:
         "exchanges": [{"name": s.name, "words": s.words, "bytes": s.words * 4} for s in plan.exchanges.slots],
         "shared_memory": _shared_memory(plan),
         "passes": _passes(plan.passes) if plan.passes else None,
+        "cpu_passes": _cpu_passes(plan.cpu_passes) if plan.cpu_passes else None,
         "slab_bytes": plan.slab_bytes,
         "kv_cache_bytes": plan.kv_bytes,
         "per_token": [_token_cost(plan, depth) for depth in DEPTHS if depth < plan.max_context],
@@ -93,6 +95,15 @@ def _passes(passes: Passes) -> dict[str, Any]:
             }
             for p in passes.products
         ],
+    }
+
+
+def _cpu_passes(passes: CpuPasses) -> dict[str, Any]:
+    """How a prompt goes through the layers on a CPU: in the phases above. Memory of a thread, exchanges of all tokens."""
+    return {
+        "tokens": passes.tokens,
+        "thread_bytes": passes.memory_bytes,
+        "exchange_bytes": passes.tokens * passes.exchange_bytes,
     }
 
 

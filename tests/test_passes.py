@@ -210,5 +210,7 @@ def test_a_cut_that_cannot_work_is_found(change: Any, words: str, monkeypatch: p
         check_with(replace(cut, **change(cut)), monkeypatch)
 
 
-def test_a_cpu_takes_a_prompt_token_by_token() -> None:
-    assert passes(make_plan(load_spec("llama-3.2-1b"), load_profile("cpu-avx2"), Options(blocks=2))) is None
+def test_passes_of_a_cpu_are_others() -> None:
+    plan = make_plan(load_spec("llama-3.2-1b"), load_profile("cpu-avx2"), Options(blocks=2))
+    assert passes(plan) is None
+    assert plan.cpu_passes

@@ -75,6 +75,9 @@ def _shared_memory(data: dict[str, Any]) -> list[str]:
 def _passes(data: dict[str, Any]) -> list[str]:
     from .output import size, table
 
+    if cpu := data["cpu_passes"]:
+        sizes = f"{size(cpu['thread_bytes'])} of memory a thread, {size(cpu['exchange_bytes'])} of exchanges"
+        return [f"prompts: {cpu['tokens']} tokens a pass, in the phases above; {sizes}"]
     passes = data["passes"]
     if not passes:
         return ["prompts: token by token"]

@@ -5,11 +5,12 @@ from __future__ import annotations
 import itertools
 
 from ..errors import KogcError
+from .cpu_passes import CpuPasses
 from .matvec import FEWEST_GROUPS, FRAGMENT_BYTES, UNITS, WARPS, MatVec
 from .order import check_order, owners, scenarios
 from .passes import Passes
 from .plan import Plan
-from .shared_memory import HEAD_TILE, PARTIAL_UNITS, attention_scratch
+from .shared_memory import COMBINE_BYTES, HEAD_TILE, PARTIAL_UNITS, Region, attention_scratch
 
 COPY_ALIGN = 16  # bytes: of addresses and sizes of bulk copies and vector loads
 MAX_COPY = (1 << 20) - 1  # bytes that a barrier in shared memory can count
@@ -39,6 +40,8 @@ def check(plan: Plan) -> None:
         _check_shared_memory(plan)
         if plan.passes:
             _check_passes(plan.passes, plan)
+    if plan.cpu_passes:
+        _check_cpu_passes(plan.cpu_passes, plan)
     _check_exchanges(plan)
     for where, actions in scenarios(plan):
         check_order(plan.blocks, actions, where)
@@ -207,6 +210,37 @@ def _check_passes(passes: Passes, plan: Plan) -> None:
         _require(needed <= passes.stage_bytes, f"{name}: a slice of {needed} bytes in stages of {passes.stage_bytes}")
         _require(needed % COPY_ALIGN == 0, f"{name}: slices of {needed} bytes are not aligned")
     for regions in (passes.memory, passes.scratch):
-        for before, after in itertools.pairwise(regions):
-            kept = before.offset + before.bytes <= after.offset and after.offset % COPY_ALIGN == 0
-            _require(kept, f"passes: {after.name} at {after.offset} overlaps {before.name} or is not aligned")
+        _check_regions(regions)
+
+
+def _check_cpu_passes(passes: CpuPasses, plan: Plan) -> None:
+    """Vectors and exchanges of one token do not reach into the next one's."""
+    widest = 2 * max(phase.columns_padded for phase in plan.phases)
+    _require(
+        passes.activation_bytes >= widest, f"passes: {passes.activation_bytes} of {widest} bytes for an activation"
+    )
+    needs = {
+        "activation": passes.tokens * passes.activation_bytes,
+        "scratch": COMBINE_BYTES * plan.spec.head_dim // VECTOR,
+        "residual": 4 * passes.tokens * plan.spec.hidden,
+        "reduce": REDUCE_BYTES,
+    }
+    for name, size in needs.items():
+        _require(passes[name].bytes >= size, f"passes: {name} has {passes[name].bytes} of {size} bytes")
+    _check_regions(passes.memory)
+    last = passes.memory[-1]
+    _require(
+        last.offset + last.bytes <= passes.memory_bytes, f"passes: {last.name} ends after {passes.memory_bytes} bytes"
+    )
+    for name in ("qkv", "partial", "attention", "o", "hidden", "down"):
+        slot = plan.exchanges[name]
+        end = slot.offset + 4 * slot.words
+        _require(
+            end <= passes.exchange_bytes, f"passes: exchange {name} ends at {end}, a token's at {passes.exchange_bytes}"
+        )
+
+
+def _check_regions(regions: tuple[Region, ...]) -> None:
+    for before, after in itertools.pairwise(regions):
+        kept = before.offset + before.bytes <= after.offset and after.offset % COPY_ALIGN == 0
+        _require(kept, f"passes: {after.name} at {after.offset} overlaps {before.name} or is not aligned")

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from .matvec import round_up
-from .shared_memory import COMBINE_BYTES, REDUCE_BYTES, Region
+from .shared_memory import COMBINE_BYTES, WORDS_BYTES, Region
 
 if TYPE_CHECKING:
     from .plan import Plan
@@ -49,7 +49,7 @@ def cpu_passes(plan: Plan) -> CpuPasses | None:
         ("activation", TOKENS * activation),
         ("scratch", COMBINE_BYTES * spec.head_dim // 4),
         ("residual", TOKENS * spec.hidden * 4),
-        ("reduce", REDUCE_BYTES),
+        ("reduce", WORDS_BYTES),
     ):
         memory.append(Region(name, offset, size))
         offset = round_up(offset + size, 128)

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 PARTIAL_UNITS = 32  # units whose partial sums are kept before they are added up
 HEAD_TILE = 8  # query heads that one attention block handles: half of the 16 rows of a tensor-core tile
 COMBINE_BYTES = 24  # of a thread: a running softmax of four outputs, when splits are combined
-REDUCE_BYTES = 512  # what a block's threads share beside its vectors (templates/common/words.h)
+WORDS_BYTES = 512  # what a block's threads share beside its vectors (templates/common/words.h)
 SAMPLING_BYTES = 8704  # a histogram and what a search finds in it (threshold.h), or rows of short lists (shortlist.h)
 ROW_PAD = 16  # BF16 elements between query rows, so that the rows of a fragment lie in different banks
 
@@ -56,7 +56,7 @@ def shared_memory(plan: Plan) -> SharedMemory:
         ("activation", round_up(max(activation, scratch), 128)),
         ("partial", PARTIAL_UNITS * WARPS * 8 * 4),
         ("residual", round_up(spec.hidden * 4, 128)),
-        ("reduce", REDUCE_BYTES),
+        ("reduce", WORDS_BYTES),
     ]
     used = sum(size for _, size in fixed)
     stages = (plan.profile.smem_per_block - used) // (plan.knobs.stage_bytes + 16) if plan.target == "cuda" else 0

@@ -36,7 +36,9 @@ class CpuRuntime(Runtime):
         _check_cpu(program, oversubscribe)
         self.kernel = Kernel(self.plan, _open_library(program.binary))
         self._rope = np.ascontiguousarray(program.rope, np.float32)
-        self._exchange = self._pass_exchange = self._trace = _aligned(0)
+        self._exchange = self._trace = _aligned(0)
+        assert self.plan.cpu_passes
+        self._pass_exchange = _aligned(self.plan.cpu_passes.tokens * self.plan.cpu_passes.exchange_bytes)
         self._fit(self.plan)
         self._kv = _anonymous(self.plan.kv_bytes)
         self._words = _aligned(HostWords.bytes(self.plan.max_context))
@@ -67,10 +69,6 @@ class CpuRuntime(Runtime):
     def _fit(self, plan: Plan) -> None:
         if len(self._exchange) < plan.exchanges.bytes:
             self._exchange = _aligned(plan.exchanges.bytes)
-        assert plan.cpu_passes
-        passes = plan.cpu_passes
-        if len(self._pass_exchange) < passes.tokens * passes.exchange_bytes:
-            self._pass_exchange = _aligned(passes.tokens * passes.exchange_bytes)
         if len(self._trace) < trace_bytes(plan):
             self._trace = _aligned(trace_bytes(plan))
 
