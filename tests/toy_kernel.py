@@ -51,8 +51,9 @@ class ToyKernel:
 
     def take_passes(self, args: KernelArgs) -> None:
         """The launch before run(): all of a prompt but its last token."""
-        assert args.scratch
         self._ahead = [int(t) for t in ints(args.prompt, args.n_prompt)]
+        if args.logits:
+            self._write_logits(args, self._ahead)
 
     def run(self, args: KernelArgs) -> int:
         prompt = [int(t) for t in ints(args.prompt, args.n_prompt)]
@@ -117,6 +118,13 @@ class ToyLibrary:
 
     def kogc_generate(self, reference: Any) -> int:
         return self.kernel.run(reference._obj)
+
+    def kogc_prompt(self, reference: Any) -> int:
+        args = reference._obj
+        assert args.exchange
+        assert args.max_new == 0
+        self.kernel.take_passes(args)
+        return 0
 
     def kogc_read_ceiling(self, address: int, count: int, threads: int) -> None:
         time.sleep(0.001)
@@ -303,6 +311,7 @@ class ToyDriver:
         pointer = ctypes.cast(rest[8], ctypes.POINTER(ctypes.c_void_p))[0]
         args = KernelArgs.from_buffer_copy(KernelArgs.from_address(pointer))
         if function == b"kogc_prompt":
+            assert args.scratch
             self.kernel.take_passes(args)
             return (Status.CUDA_SUCCESS,)
         assert function == b"kogc_generate"
