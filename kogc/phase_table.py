@@ -99,7 +99,7 @@ def _passes(passes: Passes) -> dict[str, Any]:
 
 
 def _cpu_passes(passes: CpuPasses) -> dict[str, Any]:
-    """How a prompt goes through the layers on a CPU: in the phases above. Memory of a thread, exchanges of all tokens."""
+    """How a prompt goes through the layers on a CPU: memory of a thread, exchanges of all tokens of a pass."""
     return {
         "tokens": passes.tokens,
         "thread_bytes": passes.memory_bytes,

@@ -5,9 +5,12 @@ from __future__ import annotations
 import ctypes
 import gzip
 import json
+import subprocess
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -27,6 +30,8 @@ from kogc.runtime.args import KernelArgs
 from kogc.session import Session
 from kogc.targets.detect import detect_cpu_profile
 
+DOCS = Path(__file__).resolve().parent.parent / "docs"
+SVG = "{http://www.w3.org/2000/svg}"
 WRAP = 1 << trace.CLOCK_BITS
 LAYER = ("QKV_PRODUCTS", "QKV_PUT", "DOWN_GATHER")
 TOKEN = ("BEGIN", "EMBED", *LAYER, *LAYER, "HEAD_PRODUCTS", "HEAD_CHOICE")  # a model of two layers
@@ -188,6 +193,28 @@ def test_real_trace(small: Session) -> None:
         assert puts.layer.tolist() == list(range(layers)) * trace.TOKENS
     assert 1e8 < found.clock_hz < 1e10
     assert [p.mark for p in found.phases()] == [m.lower() for m in trace.marks()]
+
+
+def test_a_trace_is_drawn(small: Session, tmp_path: Path) -> None:
+    found = traced(small)
+    trace.write_chrome(found, tmp_path / "trace.json.gz")
+    script, out = DOCS / "draw_trace.py", tmp_path / "trace.svg"
+    command = [sys.executable, str(script), str(tmp_path / "trace.json.gz"), str(out), "--layers", "0-1"]
+    subprocess.run(command, check=True)
+    picture = ElementTree.parse(out).getroot()
+    events = found.events.where((found.events.token == 1) & (found.events.layer >= 0) & (found.events.layer <= 1))
+    bars = [bar for bar in picture.iter(f"{SVG}rect") if bar.find(f"{SVG}title") is not None]
+    assert len(bars) == len(events.start)
+    width = sum(float(bar.get("width", 0)) for bar in bars)
+    ends = events.start + events.cycles
+    assert width == pytest.approx(960 * events.cycles.sum() / (ends.max() - events.start.min()), rel=0.01)
+    words = {label.text for label in picture.iter(f"{SVG}text")}
+    names = {trace.marks()[mark].lower().replace("_", " ") for mark in events.mark.tolist()}
+    assert words >= names | {"layer 0", "layer 1", "us"} | {f"block {b}" for b in range(small.plan.blocks)}
+    assert {bar.get("fill") for bar in bars}.isdisjoint({"#000000"}), "a mark has no colour"
+    wrong = subprocess.run([*command[:-1], "7-9"], capture_output=True, text=True)
+    assert (wrong.returncode, wrong.stderr.count("\n")) == (1, 1)
+    assert "holds nothing of token 1, layers 7 to 9" in wrong.stderr
 
 
 def test_other_kernels_compute_the_same(small: Session) -> None:
