@@ -137,6 +137,7 @@ def test_plan_prints_tables(checkpoint: Path) -> None:
         assert word in text
     cpu = ok("plan", checkpoint, "--gpu", "cpu-avx2", "--blocks", 2)
     assert "2 blocks" in cpu
+    assert "prompts: 16 tokens a pass" in cpu
     assert "shared memory" not in cpu
 
 
