@@ -20,7 +20,7 @@ PASSES = (  # left out where a block's memory does not hold a pass of many token
 # Where a header of the generated source is found, in the order of inclusion; `{target}` is the target's directory.
 HEADERS = {
     "cuda": (
-        "common/args.h", "cuda/machine.cuh", "cuda/bulk_copies.cuh", "common/spin.h", "common/numbers.h",
+        "common/args.h", "cuda/machine.cuh", "cuda/bulk_copies.cuh", "common/spin.h", "common/numbers.h", "common/fp8.h",
         "common/exchange.h", "common/partition.h", "common/cache.h", "common/words.h", "common/trace.h",
         "cuda/stream.cuh", "cuda/matvec.cuh", "common/residual.h", "cuda/attention.cuh",
         "common/attention.h", "common/splits.h", "common/random.h", "common/choice.h", "common/logprobs.h",
@@ -28,14 +28,14 @@ HEADERS = {
         *PASSES,
     ),
     "hip": (
-        "hip/machine.h", "common/args.h", "common/spin.h", "common/numbers.h", "hip/matrix.h",
+        "hip/machine.h", "common/args.h", "common/spin.h", "common/numbers.h", "common/fp8.h", "hip/matrix.h",
         "common/exchange.h", "common/partition.h", "common/cache.h", "common/words.h", "common/trace.h",
         "hip/stream.h", "hip/matvec.h", "common/residual.h", "hip/attention.h",
         "common/attention.h", "common/splits.h", "common/random.h", "common/choice.h", "common/logprobs.h",
         "common/threshold.h", "common/shortlist.h", "common/sampling.h", "common/decoder.h", "hip/kernels.h",
     ),
     "cpu": (
-        "common/args.h", "cpu/machine.hpp", "common/spin.h", "common/numbers.h",
+        "common/args.h", "cpu/machine.hpp", "common/spin.h", "common/numbers.h", "common/fp8.h",
         "common/exchange.h", "common/partition.h", "common/cache.h", "common/words.h", "common/trace.h",
         "cpu/stream.hpp", "cpu/matvec.hpp", "common/residual.h", "cpu/attention.hpp",
         "common/attention.h", "common/splits.h", "common/random.h", "common/choice.h", "common/logprobs.h",

@@ -134,8 +134,8 @@ def _check_ring(plan: Plan) -> None:
         f"stage_bytes {knobs.stage_bytes} is not a multiple of {step}, a round of the warps",
     )
     _require(knobs.stage_bytes <= MAX_COPY, f"stage_bytes {knobs.stage_bytes}: a barrier counts at most {MAX_COPY}")
-    tile = KV_TILE * plan.spec.head_dim * 4
-    _require(knobs.stage_bytes >= tile, f"stage_bytes {knobs.stage_bytes}: {KV_TILE} keys and values are {tile} bytes")
+    tile = KV_TILE * plan.position_bytes
+    _require(plan.slot_bytes >= tile, f"stage_bytes {knobs.stage_bytes}: {KV_TILE} keys and values are {tile} bytes")
     fit = f"{max(stages, 0)} of {knobs.stage_bytes} bytes fit shared memory"
     room = plan.profile.smem_per_block
     beside = f"beside the vectors of {plan.spec.name} (ffn {plan.spec.ffn}, hidden {plan.spec.hidden}) in {room} bytes"
@@ -170,9 +170,9 @@ def _check_shared_memory(plan: Plan) -> None:
     _require(at <= memory.bytes, f"shared memory: {region.name} ends after the {memory.bytes} bytes asked for")
     limit = plan.profile.smem_per_block
     _require(memory.bytes <= limit, f"shared memory: {memory.bytes} bytes, a block of {plan.profile.name} has {limit}")
-    scratch = attention_scratch(plan.spec.head_dim, plan.heads_per_block, plan.profile.threads)
+    scratch = attention_scratch(plan)
     needs = {
-        "ring": memory.stages * plan.knobs.stage_bytes,
+        "ring": memory.stages * plan.slot_bytes,
         "activation": max(2 * max(p.columns_padded for p in plan.phases), scratch),
         "partial": PARTIAL_UNITS * WARPS * 8 * 4,
         "reduce": REDUCE_BYTES,

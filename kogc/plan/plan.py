@@ -23,6 +23,8 @@ L2_SHARE = 3  # what is fetched ahead of full rings takes at most one part in so
 AWAITED = 4e-6  # seconds: an exchange and the latency of memory, on a GPU whose registers are the ring
 LEAST_LOADS, MOST_LOADS = 8, 16  # of a lane: more would take registers that the phases need
 CHUNK = 128  # positions of the KV cache that a block takes at a time
+KV_DTYPES = ("bf16", "fp8")
+SCALE_BYTES = 2  # of a position in FP8: the exponents of its key's scale and of its value's
 
 
 @dataclass(frozen=True)
@@ -51,12 +53,13 @@ class Knobs:
 class Options:
     """A build's choices: context limit in tokens (None: the model's own), number of blocks (None: the profile's).
 
-    knobs: None for those that suit the size of a layer (`default_knobs`).
+    knobs: None for those that suit the size of a layer (`default_knobs`). kv_dtype: of the KV cache, in KV_DTYPES.
     """
 
     max_context: int | None = None
     blocks: int | None = None
     knobs: Knobs | None = None
+    kv_dtype: str = "bf16"
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,7 @@ class Plan:
     max_context: int
     notes: tuple[str, ...] = ()
     trace_events: int = 0  # events that a block of a tracing build keeps; 0: tracing is compiled out
+    kv_dtype: str = "bf16"
 
     @property
     def target(self) -> str:
@@ -172,9 +176,26 @@ class Plan:
         return -(-self.max_context // CHUNK)
 
     @property
+    def position_bytes(self) -> int:
+        """Bytes of the cache that hold a position's key and value of one KV head."""
+        return 2 * self.spec.head_dim + SCALE_BYTES if self.kv_dtype == "fp8" else 4 * self.spec.head_dim
+
+    @property
+    def chunk_bytes(self) -> int:
+        return CHUNK * self.position_bytes
+
+    @property
+    def slot_bytes(self) -> int:
+        """A slot of the ring: a stage, and with an FP8 cache room for the scales of a whole chunk.
+
+        Without it eight tiles of 2 KB, head_dim 64, would just not fit the usual stage.
+        """
+        return self.knobs.stage_bytes + (CHUNK * SCALE_BYTES if self.kv_dtype == "fp8" else 0)
+
+    @property
     def kv_bytes(self) -> int:
-        """Size of the KV cache: [layer][kv head][chunk][K, V] of CHUNK x head_dim BF16."""
-        return self.spec.layers * self.spec.kv_heads * self.chunks * CHUNK * self.spec.head_dim * 4
+        """Size of the KV cache: [layer][kv head][chunk][keys and values of CHUNK positions]."""
+        return self.spec.layers * self.spec.kv_heads * self.chunks * self.chunk_bytes
 
     def kv_bytes_read(self, depth: int) -> int:
         """KV bytes that one token at `depth` must read, over all layers."""
@@ -183,7 +204,7 @@ class Plan:
     def _kv_layer(self, depth: int, layer: int) -> int:
         window = self.window(layer)
         positions = min(depth, window) if window else depth
-        return positions * self.spec.kv_heads * self.spec.head_dim * 4
+        return positions * self.spec.kv_heads * self.position_bytes
 
     def window(self, layer: int) -> int:
         """Sliding window of `layer` in positions, 0 for full attention."""
@@ -226,7 +247,9 @@ def make_plan(spec: ModelSpec, profile: GpuProfile, options: Options = Options()
     wanted = options.max_context or spec.max_context
     if wanted < 1 or wanted > spec.max_context:
         raise UsageError(f"--max-context {wanted}: {spec.name} is defined for 1 to {spec.max_context} tokens")
-    plan = Plan(spec, profile, options.knobs or Knobs(), blocks, wanted)
+    if options.kv_dtype not in KV_DTYPES:
+        raise UsageError(f"--kv-dtype {options.kv_dtype}: one of {', '.join(KV_DTYPES)}")
+    plan = Plan(spec, profile, options.knobs or Knobs(), blocks, wanted, kv_dtype=options.kv_dtype)
     if options.knobs is None:
         plan = replace(plan, knobs=default_knobs(plan))
     fits = _context_that_fits(plan)
@@ -286,8 +309,8 @@ def _context_that_fits(plan: Plan) -> int:
     reserve = plan.profile.memory_bytes // 16  # driver, context, exchanges, a neighbour's small change
     free = plan.profile.memory_bytes - reserve - plan.blocks * plan.slab_bytes - plan.embedding_bytes
     s = plan.spec
-    per_token = s.layers * s.kv_heads * s.head_dim * 4 + s.head_dim * 4
+    per_token = s.layers * s.kv_heads * plan.position_bytes + s.head_dim * 4  # and a row of the rotary table
     return free // per_token // CHUNK * CHUNK
 
 
-__all__ = ["CHUNK", "WARPS", "Knobs", "Options", "Plan", "default_knobs", "make_plan"]
+__all__ = ["CHUNK", "KV_DTYPES", "WARPS", "Knobs", "Options", "Plan", "default_knobs", "make_plan"]

@@ -74,6 +74,19 @@ template <class P> struct HeadVector {
     }
   }
 
+  KOGC_DEVICE float largest() const {  // magnitude, on all lanes
+    float m = 0;
+    KOGC_UNROLL for (int j = 0; j < PAIRS; j++) {
+      const float a = magnitude(low[j]), b = magnitude(high[j]), larger = a > b ? a : b;
+      m = larger > m ? larger : m;
+    }
+    for (int s = LANES / 2; s; s /= 2) {
+      const float other = shuffle_xor(m, s);
+      m = other > m ? other : m;
+    }
+    return m;
+  }
+
   template <class Store> KOGC_DEVICE void store(Store to) const {
     KOGC_UNROLL for (int j = 0; j < PAIRS; j++) {
       if (!owns(j)) continue;
@@ -84,9 +97,22 @@ template <class P> struct HeadVector {
 
  private:
   static constexpr int BATCH = PAIRS < 16 ? PAIRS : 16;
+  static KOGC_DEVICE float magnitude(float v) { return as_float(as_word(v) & 0x7fffffff); }
   float cosine_[PAIRS] = {}, sine_[PAIRS] = {};
   u16 gamma_[PAIRS][2] = {};
 };
+
+// A key or value as the cache holds it: each number to `number(d, bits)`, the exponent of an FP8 vector to `scale`.
+template <class P, class Number, class Scale> KOGC_DEVICE void to_cache(const HeadVector<P>& v, Number number, Scale scale) {
+  if constexpr (P::KV_FP8) {
+    const u32 exponent = fp8_exponent(v.largest());
+    const float divisor = fp8_divisor(exponent);
+    v.store([&](int d, float x) { number(d, float_to_fp8(x * divisor)); });
+    if (lane() == 0) scale(exponent);
+  } else {
+    v.store([&](int d, float x) { number(d, float_to_bf16(x)); });
+  }
+}
 
 // Queries of the unit (normalised, rotated, scaled for exp2) and, where this split owns the new position, its key and value.
 template <class P>
@@ -96,7 +122,7 @@ KOGC_DEVICE void prepare(const KernelArgs& args, AttentionCore<P>& core, int kv_
   const float* rope = args.rope + (u64)position * P::HEAD_DIM;
   const u16* gamma = args.qk_norms + (u64)where.layer * 2 * P::HEAD_DIM;
   const float scale = LOG2E * P::INVERSE_SQRT_HEAD_DIM;
-  u16* chunk = chunk_address<P>(args.kv, where.layer, kv_head, position / CHUNK);
+  u8* chunk = chunk_address<P>(args.kv, where.layer, kv_head, position / CHUNK);
   for (int i = warp(); i < heads + 2 * owner; i += WARPS) {
     HeadVector<P> v;
     const bool query = i < heads, key = i == heads;
@@ -108,8 +134,10 @@ KOGC_DEVICE void prepare(const KernelArgs& args, AttentionCore<P>& core, int kv_
       v.rotate();
     }
     if (query) v.store([&](int d, float x) { core.store_query(i, d, x * scale); });
-    else if (key) v.store([&](int d, float x) { core.store_key(chunk, position % CHUNK, d, float_to_bf16(x)); });
-    else v.store([&](int d, float x) { core.store_value(chunk, position % CHUNK, d, float_to_bf16(x)); });
+    else if (key) to_cache(v, [&](int d, u16 x) { core.store_key(chunk, position % CHUNK, d, x); },
+                           [&](u32 e) { core.store_key_scale(chunk, position % CHUNK, e); });
+    else to_cache(v, [&](int d, u16 x) { core.store_value(chunk, position % CHUNK, d, x); },
+                  [&](u32 e) { core.store_value_scale(chunk, position % CHUNK, e); });
   }
 }
 

@@ -34,8 +34,8 @@ template <class P> struct Units {
   static KOGC_DEVICE int split() { return block() % P::SPLITS; }
 };
 
-template <class P> KOGC_DEVICE u16* chunk_address(u16* kv, int layer, int kv_head, int chunk) {
-  return kv + (((u64)layer * P::KV_HEADS + kv_head) * P::CHUNKS + chunk) * (2 * CHUNK * P::HEAD_DIM);
+template <class P> KOGC_DEVICE u8* chunk_address(u16* kv, int layer, int kv_head, int chunk) {
+  return (u8*)kv + (((u64)layer * P::KV_HEADS + kv_head) * P::CHUNKS + chunk) * P::CHUNK_BYTES;
 }
 
 }  // namespace kogc

@@ -1,4 +1,4 @@
-// The two 16-bit formats of weights. The KV cache is BF16 for both.
+// The two 16-bit formats of weights. The KV cache is BF16 for both, or FP8 (fp8.h).
 #pragma once
 
 namespace kogc {

@@ -8,16 +8,53 @@ namespace kogc {
 
 template <class P> KOGC_DEVICE char* scratch() { return shared() + P::ACTIVATION_OFFSET; }
 
-// Where a chunk of the cache has a key's or value's dimension. A tile holds 16 positions: keys, then values, in fragments of
-// 16 dimensions, each in the order in which lanes load it.
+// Where a chunk of the cache has a key's or value's dimension, in bytes. A tile holds 16 positions: keys, then values, in
+// fragments of 16 dimensions, each in the order in which lanes load it; in FP8 the exponents of their scales after that.
 template <class P> struct CachePlace {
+  static constexpr int HALF = 16 * P::HEAD_DIM * (P::KV_FP8 ? 1 : 2), BYTES = P::CHUNK_BYTES / (CHUNK / 16);
+
   static KOGC_DEVICE int key(int row, int d) {
     const int r = row % 16, owner = r % 8 * 4 + d % 16 / 4, element = d % 4 / 2 * 4 + r / 8 * 2 + d % 2;
-    return row / 16 * (32 * P::HEAD_DIM) + (d / 16 * 32 + owner) * 8 + element;
+    return row / 16 * BYTES + place(d / 16 * 32 + owner, element);
   }
   static KOGC_DEVICE int value(int row, int d) {
     const int r = row % 16, element = d % 16 / 8 * 4 + r % 2 + r / 8 * 2, owner = d % 8 * 4 + r % 8 / 2;
-    return row / 16 * (32 * P::HEAD_DIM) + 16 * P::HEAD_DIM + (d / 16 * 32 + owner) * 8 + element;
+    return row / 16 * BYTES + HALF + place(d / 16 * 32 + owner, element);
+  }
+  // Of positions r and r + 8, of keys and of values: four bytes that one lane loads.
+  static KOGC_DEVICE int scale(int row, bool value) { return row / 16 * BYTES + 2 * HALF + row % 8 * 4 + value * 2 + row % 16 / 8; }
+
+  static KOGC_DEVICE void put(u8* chunk, int at, u16 v) {
+    if constexpr (P::KV_FP8) chunk[at] = (u8)v;
+    else *(u16*)(chunk + at) = v;
+  }
+
+ private:
+  // In FP8 the middle two of four change places: a word becomes two operands by its even and its odd bytes.
+  static KOGC_DEVICE int place(int piece, int element) {
+    return P::KV_FP8 ? piece * 8 + element / 4 * 4 + element % 2 * 2 + element / 2 % 2 : (piece * 8 + element) * 2;
+  }
+};
+
+// What a lane loads of 16 dimensions of 16 positions, and the operand of a product that it is.
+template <bool FP8> struct CachePieces { using Piece = Words; };
+template <> struct CachePieces<true> { using Piece = Quad; };
+template <class P> using Piece = typename CachePieces<P::KV_FP8>::Piece;
+KOGC_DEVICE const Words& operand(const Words& bf16) { return bf16; }
+KOGC_DEVICE Words operand(const Quad& fp8) { return {fp8_even(fp8.low), fp8_odd(fp8.low), fp8_even(fp8.high), fp8_odd(fp8.high)}; }
+
+// What products over an FP8 cache are multiplied with: queries and outputs by UNIT, scores and probabilities by their
+// position's scale. Of p, elements 0 and 1 are of position `row` of a tile, 2 and 3 of row + 8.
+template <class P> struct Scales {
+  static constexpr float UNIT = P::KV_FP8 ? FP8_HALF : 1.0f;
+  u32 bytes = 0;
+
+  KOGC_DEVICE void load(const void* tile, int row) {
+    if constexpr (P::KV_FP8) bytes = ((const u32*)((const u8*)tile + 2 * CachePlace<P>::HALF))[row];
+  }
+  KOGC_DEVICE float key(float score, int i) const { return P::KV_FP8 ? score * fp8_scale(bytes >> i / 2 * 8 & 0xff) : score; }
+  KOGC_DEVICE void values(float (&p)[4]) const {
+    if constexpr (P::KV_FP8) KOGC_UNROLL for (int i = 0; i < 4; i++) p[i] *= fp8_scale(bytes >> (16 + i / 2 * 8) & 0xff);
   }
 };
 
@@ -42,7 +79,7 @@ template <int DIM> struct RunningSoftmax {
     }
   }
 
-  KOGC_DEVICE void accumulate(const float (&p)[4], const float (&keep)[2], const Words (&v)[STEPS]) {
+  template <class Piece> KOGC_DEVICE void accumulate(const float (&p)[4], const float (&keep)[2], const Piece (&v)[STEPS]) {
     u32 high[2], low[2];  // [positions 0-7, 8-15], transposed: lane holds column lane / 4, positions lane % 4 * 2 and + 1
     KOGC_UNROLL for (int t = 0; t < 2; t++) {
       const u16 a = float_to_bf16(p[2 * t]), b = float_to_bf16(p[2 * t + 1]);
@@ -51,15 +88,10 @@ template <int DIM> struct RunningSoftmax {
     }
     KOGC_UNROLL for (int j = 0; j < STEPS; j++) {
       KOGC_UNROLL for (int e = 0; e < 4; e++) o[j][e] *= keep[e % 2];
-      mma<false>(o[j], v[j].x, v[j].z, v[j].y, v[j].w, high[0], high[1]);
-      mma<false>(o[j], v[j].x, v[j].z, v[j].y, v[j].w, low[0], low[1]);
+      const Words a = operand(v[j]);
+      mma<false>(o[j], a.x, a.z, a.y, a.w, high[0], high[1]);
+      mma<false>(o[j], a.x, a.z, a.y, a.w, low[0], low[1]);
     }
-  }
-
-  KOGC_DEVICE void take(float (&p)[4], const Words (&v)[STEPS]) {
-    float keep[2];
-    softmax(p, keep);
-    accumulate(p, keep, v);
   }
 
   KOGC_DEVICE void add_lanes() {
@@ -74,31 +106,34 @@ template <class P> class AttentionCore {
 
  public:
   KOGC_DEVICE void store_query(int head, int d, float v) {
+    v *= Scales<P>::UNIT;
     const u16 high = float_to_bf16(v);
     queries()[head * ROW + d] = high;
     queries()[(8 + head) * ROW + d] = float_to_bf16(v - bf16_to_float(high));
   }
-  KOGC_DEVICE void store_key(u16* chunk, int row, int d, u16 v) {
+  KOGC_DEVICE void store_key(u8* chunk, int row, int d, u16 v) {
     new_key()[d] = v;
-    chunk[CachePlace<P>::key(row, d)] = v;
+    CachePlace<P>::put(chunk, CachePlace<P>::key(row, d), v);
   }
-  KOGC_DEVICE void store_value(u16* chunk, int row, int d, u16 v) {
+  KOGC_DEVICE void store_value(u8* chunk, int row, int d, u16 v) {
     new_value()[d] = v;
-    chunk[CachePlace<P>::value(row, d)] = v;
+    CachePlace<P>::put(chunk, CachePlace<P>::value(row, d), v);
   }
+  KOGC_DEVICE void store_key_scale(u8* chunk, int row, u32 exponent) { store_scale(chunk, row, false, exponent); }
+  KOGC_DEVICE void store_value_scale(u8* chunk, int row, u32 exponent) { store_scale(chunk, row, true, exponent); }
 
   // A chunk of the cache, from the ring, a tile to a warp: its keys are loaded before the query is there, if all tiles are.
   KOGC_DEVICE void load_keys(const Stream<P>& stream, int chunk, int position, const Where& where) {
     if constexpr (Tiles<P>::WHOLE) {
       wait_full<P, Tiles<P>::MOST_STAGES>(stream, stages(chunk, position), where);
-      load_tile_keys(fragments(stream));
+      load_tile_keys(tile_ahead(stream));
     }
   }
-  KOGC_DEVICE void take_chunk(Stream<P>& stream, const u16*, int chunk, int lowest, int position, const Where& where) {
+  KOGC_DEVICE void take_chunk(Stream<P>& stream, const u8*, int chunk, int lowest, int position, const Where& where) {
     const int base = chunk * CHUNK + warp() * 16;
     const bool seen = base <= position && base + 15 >= lowest;
     if constexpr (Tiles<P>::WHOLE) {
-      if (seen) take_tile(fragments(stream), base, lowest, position);
+      if (seen) take_tile(tile_ahead(stream), base, lowest, position);
       give_back(stream, stages(chunk, position));
     } else {  // stage by stage: the next ones come when all warps have given these back
       const int count = stages(chunk, position);
@@ -120,8 +155,8 @@ template <class P> class AttentionCore {
     if (column() >= heads) return;
     Pair* to = out(warp(), column() / 2) + row();
     KOGC_UNROLL for (int j = 0; j < STEPS; j++) {
-      to[j * 16] = {softmax_.o[j][0], softmax_.o[j][1]};
-      to[j * 16 + 8] = {softmax_.o[j][2], softmax_.o[j][3]};
+      to[j * 16] = {softmax_.o[j][0] * Scales<P>::UNIT, softmax_.o[j][1] * Scales<P>::UNIT};
+      to[j * 16 + 8] = {softmax_.o[j][2] * Scales<P>::UNIT, softmax_.o[j][3] * Scales<P>::UNIT};
     }
     if (row() == 0) {
       to[DIM] = {softmax_.maximum[0], softmax_.maximum[1]};
@@ -159,7 +194,12 @@ template <class P> class AttentionCore {
   static KOGC_DEVICE u16* queries() { return (u16*)scratch<P>(); }
   static KOGC_DEVICE u16* new_key() { return queries() + 16 * ROW; }
   static KOGC_DEVICE u16* new_value() { return new_key() + DIM; }
-  static KOGC_DEVICE Pair* out(int warp, int pair) { return (Pair*)(new_value() + DIM) + (warp * PAIRS + pair) * OUT; }
+  static KOGC_DEVICE u16* new_scales() { return new_value() + DIM; }  // exponents: of the key, of the value
+  static KOGC_DEVICE Pair* out(int warp, int pair) { return (Pair*)(new_scales() + (P::KV_FP8 ? 8 : 0)) + (warp * PAIRS + pair) * OUT; }
+  static KOGC_DEVICE void store_scale(u8* chunk, int row, bool value, u32 exponent) {
+    new_scales()[value] = (u16)exponent;
+    chunk[CachePlace<P>::scale(row, value)] = (u8)exponent;
+  }
   static KOGC_DEVICE void add(Pair& to, float weight_a, u32 a, float weight_b, u32 b) {
     to.a += weight_a * as_float(a);  // a warp without positions has weight zero and zeros
     to.b += weight_b * as_float(b);
@@ -170,77 +210,94 @@ template <class P> class AttentionCore {
   static KOGC_DEVICE int stages(int chunk, int position) {
     return (Tiles<P>::in_use(chunk, position) + Tiles<P>::IN_STAGE - 1) / Tiles<P>::IN_STAGE;
   }
-  static KOGC_DEVICE const Words* fragments(const Stream<P>& stream) {
+  static KOGC_DEVICE const char* tile_ahead(const Stream<P>& stream) {
     Stream<P> mine = stream;
     mine.advance(warp() / Tiles<P>::IN_STAGE);
     return tile(mine);
   }
-  static KOGC_DEVICE const Words* tile(const Stream<P>& at) {  // this warp's, in the stage at hand
-    return (const Words*)(Ring<P>::stage(at.slot) + warp() % Tiles<P>::IN_STAGE * Tiles<P>::BYTES) + lane();
+  static KOGC_DEVICE const char* tile(const Stream<P>& at) {  // this warp's, in the stage at hand
+    return Ring<P>::stage(at.slot) + warp() % Tiles<P>::IN_STAGE * Tiles<P>::BYTES;
   }
-  KOGC_DEVICE void load_tile_keys(const Words* from) {
-    KOGC_UNROLL for (int s = 0; s < STEPS; s++) k_[s] = from[s * 32];
+  static KOGC_DEVICE const Piece<P>* pieces(const char* tile) { return (const Piece<P>*)tile + lane(); }
+  KOGC_DEVICE void load_tile_keys(const char* tile) {
+    KOGC_UNROLL for (int s = 0; s < STEPS; s++) k_[s] = pieces(tile)[s * 32];
   }
 
   // 16 positions, whose keys are loaded.
-  KOGC_DEVICE void take_tile(const Words* fragments, int base, int lowest, int position) {
-    const Words* from = fragments + STEPS * 32;
-    Words v[STEPS];
+  KOGC_DEVICE void take_tile(const char* tile, int base, int lowest, int position) {
+    const Piece<P>* from = pieces(tile + CachePlace<P>::HALF);
+    Piece<P> v[STEPS];
+    Scales<P> scales;
     float p[4], keep[2];
-    insert_key(position - base);
-    scores(p, base, lowest, position);
+    scales.load(tile, row());
+    insert_key(scales, position - base);
+    scores(p, scales, base, lowest, position);
     KOGC_UNROLL for (int j = 0; j < STEPS; j++) v[j] = from[j * 32];
     softmax_.softmax(p, keep);
+    scales.values(p);
     insert_value(v, position - base);
     softmax_.accumulate(p, keep, v);
   }
 
   // The token at hand may not yet be in the copied keys and values: row `r` of these 16, if it is among them.
-  KOGC_DEVICE void insert_key(int r) {
+  KOGC_DEVICE void insert_key(Scales<P>& scales, int r) {
     if (r >= 16 || r % 8 != row()) return;
-    KOGC_UNROLL for (int s = 0; s < STEPS; s++) {
-      const Quad key = *(const Quad*)(new_key() + s * 16 + column() * 2);
-      if (r < 8) {
-        k_[s].x = key.low;
-        k_[s].z = key.high;
-      } else {
-        k_[s].y = key.low;
-        k_[s].w = key.high;
-      }
+    KOGC_UNROLL for (int s = 0; s < STEPS; s++) replace_key(k_[s], *(const Quad*)(new_key() + s * 16 + column() * 2), r);
+    if constexpr (P::KV_FP8) {
+      const u32 both = *(const u32*)new_scales();
+      scales.bytes = replaced(scales.bytes, both, r / 8 * 8, 0x00ff00ff);
     }
   }
-  KOGC_DEVICE void insert_value(Words (&v)[STEPS], int r) {
+  KOGC_DEVICE void insert_value(Piece<P> (&v)[STEPS], int r) {
     if (r >= 16 || r % 8 / 2 != (lane() & 3)) return;
-    const u32 keep = r % 2 ? 0x0000ffffu : 0xffff0000u, shift = r % 2 * 16;
-    KOGC_UNROLL for (int j = 0; j < STEPS; j++) {
-      const u32 low = (u32)new_value()[j * 16 + row()] << shift, high = (u32)new_value()[j * 16 + 8 + row()] << shift;
-      if (r < 8) {
-        v[j].x = (v[j].x & keep) | low;
-        v[j].z = (v[j].z & keep) | high;
-      } else {
-        v[j].y = (v[j].y & keep) | low;
-        v[j].w = (v[j].w & keep) | high;
-      }
+    KOGC_UNROLL for (int j = 0; j < STEPS; j++) replace_value(v[j], new_value()[j * 16 + row()], new_value()[j * 16 + 8 + row()], r);
+  }
+  static KOGC_DEVICE u32 replaced(u32 word, u32 by, int shift, u32 mask) { return (word & ~(mask << shift)) | by << shift; }
+  static KOGC_DEVICE void replace_key(Words& k, const Quad& key, int r) {
+    if (r < 8) {
+      k.x = key.low;
+      k.z = key.high;
+    } else {
+      k.y = key.low;
+      k.w = key.high;
     }
+  }
+  static KOGC_DEVICE void replace_key(Quad& k, const Quad& key, int r) {
+    k = {replaced(k.low, key.low, r / 8 * 8, 0x00ff00ff), replaced(k.high, key.high, r / 8 * 8, 0x00ff00ff)};
+  }
+  static KOGC_DEVICE void replace_value(Words& v, u16 first, u16 second, int r) {  // of dimensions row() and row() + 8
+    const u32 keep = r % 2 ? 0x0000ffffu : 0xffff0000u, shift = r % 2 * 16;
+    const u32 low = (u32)first << shift, high = (u32)second << shift;
+    if (r < 8) {
+      v.x = (v.x & keep) | low;
+      v.z = (v.z & keep) | high;
+    } else {
+      v.y = (v.y & keep) | low;
+      v.w = (v.w & keep) | high;
+    }
+  }
+  static KOGC_DEVICE void replace_value(Quad& v, u16 first, u16 second, int r) {
+    const int shift = r % 2 * 16 + r / 8 * 8;
+    v = {replaced(v.low, first, shift, 0xff), replaced(v.high, second, shift, 0xff)};
   }
 
   // Scores of 16 positions: p[h] for (position row(), head column() + h), p[2 + h] for (position row() + 8, the same).
-  KOGC_DEVICE void scores(float (&p)[4], int base, int lowest, int position) {
+  KOGC_DEVICE void scores(float (&p)[4], const Scales<P>& scales, int base, int lowest, int position) {
     float c[2][2][4] = {};  // chains of dependent products
-    KOGC_UNROLL for (int part = 0; part < 2; part++) {  // what BF16 holds of the queries, and what it leaves
-      const u16* from = queries() + (8 * part + (row() < HEADS ? row() : 0)) * ROW + column() * 2;
-      KOGC_UNROLL for (int s = 0; s < STEPS; s++) {
-        const Quad q = *(const Quad*)(from + s * 16);
-        mma<false>(c[part][s % 2], k_[s].x, k_[s].y, k_[s].z, k_[s].w, q.low, q.high);
-      }
+    const u16* from = queries() + (row() < HEADS ? row() : 0) * ROW + column() * 2;
+    KOGC_UNROLL for (int i = 0; i < 2 * STEPS; i++) {  // a key from FP8 becomes an operand once for both parts
+      const int part = P::KV_FP8 ? i % 2 : i / STEPS, s = P::KV_FP8 ? i / 2 : i % STEPS;
+      const Quad q = *(const Quad*)(from + part * (8 * ROW) + s * 16);  // what BF16 holds of the queries, and what it leaves
+      const Words k = operand(k_[s]);
+      mma<false>(c[part][s % 2], k.x, k.y, k.z, k.w, q.low, q.high);
     }
     KOGC_UNROLL for (int i = 0; i < 4; i++) {
       const int at = base + row() + i / 2 * 8;
-      p[i] = at >= lowest && at <= position ? (c[0][0][i] + c[0][1][i]) + (c[1][0][i] + c[1][1][i]) : LOWEST;
+      p[i] = at >= lowest && at <= position ? scales.key((c[0][0][i] + c[0][1][i]) + (c[1][0][i] + c[1][1][i]), i) : LOWEST;
     }
   }
 
-  Words k_[STEPS];
+  Piece<P> k_[STEPS];
   RunningSoftmax<DIM> softmax_;
 };
 

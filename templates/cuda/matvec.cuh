@@ -162,7 +162,7 @@ template <class P> class MatVec {
 
   KOGC_DEVICE void load_weights(Weights& w, Stream<P>& stream, const Where& where) {
     if (taken_ == 0 && !full_) wait_full<P>(stream, where);
-    const char* from = shared() + P::RING_OFFSET + stream.slot * P::STAGE_BYTES + ((taken_ * WARPS + warp()) * GROUP * 32 + lane()) * 16;
+    const char* from = Ring<P>::stage(stream.slot) + ((taken_ * WARPS + warp()) * GROUP * 32 + lane()) * 16;
     KOGC_UNROLL for (int i = 0; i < GROUP; i++) w.of[i] = *(const Words*)(from + i * 512);
     if (++taken_ == STAGE_GROUPS) {
       stream.advance();

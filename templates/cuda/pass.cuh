@@ -132,10 +132,12 @@ template <class P> class PromptPass {
     for (int i = block() * WARPS + warp(); i < count() * EACH; i += P::BLOCKS * WARPS) {
       const int token = i / EACH, head = i % EACH % P::KV_HEADS, position = args_.start + first() + token;
       const bool value = i % EACH >= P::KV_HEADS;
-      u16* chunk = chunk_address<P>(args_.kv, where_.layer, head, position / CHUNK);
-      vector(token, P::Q_ROWS + i % EACH * P::HEAD_DIM, value).store([&](int d, float x) {
-        chunk[value ? CachePlace<P>::value(position % CHUNK, d) : CachePlace<P>::key(position % CHUNK, d)] = float_to_bf16(x);
-      });
+      u8* chunk = chunk_address<P>(args_.kv, where_.layer, head, position / CHUNK);
+      const int row = position % CHUNK;
+      using Place = CachePlace<P>;
+      to_cache(vector(token, P::Q_ROWS + i % EACH * P::HEAD_DIM, value),
+          [&](int d, u16 x) { Place::put(chunk, value ? Place::value(row, d) : Place::key(row, d), x); },
+          [&](u32 exponent) { chunk[Place::scale(row, value)] = (u8)exponent; });
     }
   }
 

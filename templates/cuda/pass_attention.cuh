@@ -23,7 +23,7 @@ template <class P> class PassAttention {
       const int token = (first + i) / P::GROUP, head = kv_head * P::GROUP + (first + i) % P::GROUP;
       if (token < count) {
         prepare(token, head).store([&](int d, float v) {
-          v *= LOG2E * P::INVERSE_SQRT_HEAD_DIM;
+          v *= LOG2E * P::INVERSE_SQRT_HEAD_DIM * Scales<P>::UNIT;
           const u16 high = float_to_bf16(v);
           query(i / 8, i % 8)[d] = high;
           query(i / 8, 8 + i % 8)[d] = float_to_bf16(v - bf16_to_float(high));
@@ -62,13 +62,13 @@ template <class P> class PassAttention {
   KOGC_DEVICE void products(const KernelArgs& args, int layer, int kv_head, int lowest, int last) {
     const int first = lowest / CHUNK, end = last / CHUNK + 1;
     const auto tile = [&](int chunk) {
-      return (const Words*)(chunk_address<P>(args.kv, layer, kv_head, chunk) + warp() * (2 * TILE * DIM)) + lane();
+      return chunk_address<P>(args.kv, layer, kv_head, chunk) + warp() * CachePlace<P>::BYTES;
     };
     const auto seen = [&](int chunk) {
       const int base = chunk * CHUNK + warp() * TILE;
       return base <= last && base + TILE - 1 >= lowest;
     };
-    Words k[STEPS] = {};
+    Piece<P> k[STEPS] = {};
     if (seen(first)) load(k, tile(first));
 #pragma unroll 1
     for (int chunk = first; chunk < end; chunk++) {
@@ -76,30 +76,39 @@ template <class P> class PassAttention {
         if (chunk + 1 < end && seen(chunk + 1)) load(k, tile(chunk + 1));
         continue;
       }
-      Words v[STEPS];
-      load(v, tile(chunk) + STEPS * 32);
+      Piece<P> v[STEPS];
+      Scales<P> scales;
+      load(v, tile(chunk) + CachePlace<P>::HALF);
+      scales.load(tile(chunk), row());
       float p[TOGETHER][4];
-      KOGC_UNROLL for (int t = 0; t < TOGETHER; t++) scores(p[t], k, t, chunk * CHUNK + warp() * TILE);
+      KOGC_UNROLL for (int t = 0; t < TOGETHER; t++) scores(p[t], k, scales, t, chunk * CHUNK + warp() * TILE);
       if (chunk + 1 < end && seen(chunk + 1)) load(k, tile(chunk + 1));
-      KOGC_UNROLL for (int t = 0; t < TOGETHER; t++) softmax_[t].take(p[t], v);
+      KOGC_UNROLL for (int t = 0; t < TOGETHER; t++) {
+        float keep[2];
+        softmax_[t].softmax(p[t], keep);
+        scales.values(p[t]);
+        softmax_[t].accumulate(p[t], keep, v);
+      }
     }
   }
 
-  static KOGC_DEVICE void load(Words (&to)[STEPS], const Words* from) { KOGC_UNROLL for (int s = 0; s < STEPS; s++) to[s] = from[s * 32]; }
+  static KOGC_DEVICE void load(Piece<P> (&to)[STEPS], const u8* from) {
+    KOGC_UNROLL for (int s = 0; s < STEPS; s++) to[s] = ((const Piece<P>*)from + lane())[s * 32];
+  }
 
   // Scores of 16 positions from `base` on: p[h] for (position row(), column column() + h), p[2 + h] for row() + 8.
-  KOGC_DEVICE void scores(float (&p)[4], const Words (&k)[STEPS], int tile, int base) {
+  KOGC_DEVICE void scores(float (&p)[4], const Piece<P> (&k)[STEPS], const Scales<P>& scales, int tile, int base) {
     float c[2][2][4] = {};
-    KOGC_UNROLL for (int part = 0; part < 2; part++) {
-      const u16* from = query(tile, 8 * part + row()) + column() * 2;
-      KOGC_UNROLL for (int s = 0; s < STEPS; s++) {
-        const Quad q = *(const Quad*)(from + s * 16);
-        mma<false>(c[part][s % 2], k[s].x, k[s].y, k[s].z, k[s].w, q.low, q.high);
-      }
+    KOGC_UNROLL for (int i = 0; i < 2 * STEPS; i++) {  // as in attention.cuh
+      const int part = P::KV_FP8 ? i % 2 : i / STEPS, s = P::KV_FP8 ? i / 2 : i % STEPS;
+      const Quad q = *(const Quad*)(query(tile, 8 * part + row()) + column() * 2 + s * 16);
+      const Words a = operand(k[s]);
+      mma<false>(c[part][s % 2], a.x, a.y, a.z, a.w, q.low, q.high);
     }
     KOGC_UNROLL for (int i = 0; i < 4; i++) {
       const int at = base + row() + i / 2 * 8;
-      p[i] = at >= lowest_[tile][i % 2] && at <= position_[tile][i % 2] ? (c[0][0][i] + c[0][1][i]) + (c[1][0][i] + c[1][1][i]) : LOWEST;
+      const float score = scales.key((c[0][0][i] + c[0][1][i]) + (c[1][0][i] + c[1][1][i]), i);
+      p[i] = at >= lowest_[tile][i % 2] && at <= position_[tile][i % 2] ? score : LOWEST;
     }
   }
 
@@ -133,7 +142,7 @@ template <class P> class PassAttention {
         sum = {sum.a + weight.a * of[DIM + 1].a, sum.b + weight.b * of[DIM + 1].b};
         KOGC_UNROLL for (int e = 0; e < 4; e++) o[e] = {o[e].a + weight.a * of[d + e].a, o[e].b + weight.b * of[d + e].b};
       }
-      const float a = reciprocal(sum.a), b = reciprocal(sum.b);
+      const float a = reciprocal(sum.a) * Scales<P>::UNIT, b = reciprocal(sum.b) * Scales<P>::UNIT;
       result(2 * pair, d, {o[0].a * a, o[1].a * a, o[2].a * a, o[3].a * a});
       result(2 * pair + 1, d, {o[0].b * b, o[1].b * b, o[2].b * b, o[3].b * b});
     }

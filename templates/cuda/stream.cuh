@@ -6,7 +6,7 @@
 namespace kogc {
 
 template <class P> struct Ring {
-  static KOGC_DEVICE char* stage(int slot) { return shared() + P::RING_OFFSET + slot * P::STAGE_BYTES; }
+  static KOGC_DEVICE char* stage(int slot) { return shared() + P::RING_OFFSET + slot * P::SLOT_BYTES; }
   static KOGC_DEVICE Barrier* full(int slot) { return (Barrier*)(shared() + P::BARRIER_OFFSET) + slot; }
   static KOGC_DEVICE Barrier* empty(int slot) { return full(slot) + P::STAGES; }
 
@@ -39,8 +39,8 @@ template <class P> struct Cursor {
 // Keys and values cross the ring in tiles of 16 positions, whole tiles to a stage; a chunk ends with the tile of the
 // position at hand.
 template <class P> struct Tiles {
-  static constexpr int POSITIONS = 16, BYTES = 4 * POSITIONS * P::HEAD_DIM;
-  static constexpr int FIT = P::STAGE_BYTES / BYTES, IN_STAGE = FIT >= 8 ? 8 : FIT >= 4 ? 4 : FIT >= 2 ? 2 : 1;
+  static constexpr int POSITIONS = 16, BYTES = P::CHUNK_BYTES / (CHUNK / POSITIONS);
+  static constexpr int FIT = P::SLOT_BYTES / BYTES, IN_STAGE = FIT >= 8 ? 8 : FIT >= 4 ? 4 : FIT >= 2 ? 2 : 1;
   static constexpr int STAGE_BYTES = IN_STAGE * BYTES, MOST_STAGES = CHUNK / POSITIONS / IN_STAGE;
   static constexpr bool WHOLE = KEYS_AHEAD && MOST_STAGES <= P::STAGES;  // whether a chunk is awaited as a whole
 
@@ -93,7 +93,7 @@ template <class P> class Producer {
 
  private:
   KOGC_DEVICE bool copy_chunk(int kv_head, int chunk, int position, const u8* next) {
-    const u8* from = (const u8*)chunk_address<P>(where_.args.kv, where_.layer, kv_head, chunk);
+    const u8* from = chunk_address<P>(where_.args.kv, where_.layer, kv_head, chunk);
     for (int tile = 0; tile < Tiles<P>::in_use(chunk, position); tile += Tiles<P>::IN_STAGE)
       if (!copy_stage(from + tile * Tiles<P>::BYTES, Tiles<P>::STAGE_BYTES, P::IN_FLIGHT_HEAD, P::IN_FLIGHT_HEAD, next)) return false;
     return true;
