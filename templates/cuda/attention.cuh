@@ -49,8 +49,8 @@ template <class P> struct Scales {
   static constexpr float UNIT = P::KV_FP8 ? FP8_HALF : 1.0f;
   u32 bytes = 0;
 
-  KOGC_DEVICE void load(const void* tile, int row) {
-    if constexpr (P::KV_FP8) bytes = ((const u32*)((const u8*)tile + 2 * CachePlace<P>::HALF))[row];
+  KOGC_DEVICE void load(const Piece<P>* pieces) {  // of this lane, in a tile
+    if constexpr (P::KV_FP8) bytes = ((const u32*)((const u8*)(pieces - lane()) + 2 * CachePlace<P>::HALF))[lane() >> 2];
   }
   KOGC_DEVICE float key(float score, int i) const { return P::KV_FP8 ? score * fp8_scale(bytes >> i / 2 * 8 & 0xff) : score; }
   KOGC_DEVICE void values(float (&p)[4]) const {
@@ -126,14 +126,14 @@ template <class P> class AttentionCore {
   KOGC_DEVICE void load_keys(const Stream<P>& stream, int chunk, int position, const Where& where) {
     if constexpr (Tiles<P>::WHOLE) {
       wait_full<P, Tiles<P>::MOST_STAGES>(stream, stages(chunk, position), where);
-      load_tile_keys(tile_ahead(stream));
+      load_tile_keys(pieces(stream));
     }
   }
   KOGC_DEVICE void take_chunk(Stream<P>& stream, const u8*, int chunk, int lowest, int position, const Where& where) {
     const int base = chunk * CHUNK + warp() * 16;
     const bool seen = base <= position && base + 15 >= lowest;
     if constexpr (Tiles<P>::WHOLE) {
-      if (seen) take_tile(tile_ahead(stream), base, lowest, position);
+      if (seen) take_tile(pieces(stream), base, lowest, position);
       give_back(stream, stages(chunk, position));
     } else {  // stage by stage: the next ones come when all warps have given these back
       const int count = stages(chunk, position);
@@ -210,26 +210,25 @@ template <class P> class AttentionCore {
   static KOGC_DEVICE int stages(int chunk, int position) {
     return (Tiles<P>::in_use(chunk, position) + Tiles<P>::IN_STAGE - 1) / Tiles<P>::IN_STAGE;
   }
-  static KOGC_DEVICE const char* tile_ahead(const Stream<P>& stream) {
+  static KOGC_DEVICE const Piece<P>* pieces(const Stream<P>& stream) {
     Stream<P> mine = stream;
     mine.advance(warp() / Tiles<P>::IN_STAGE);
     return tile(mine);
   }
-  static KOGC_DEVICE const char* tile(const Stream<P>& at) {  // this warp's, in the stage at hand
-    return Ring<P>::stage(at.slot) + warp() % Tiles<P>::IN_STAGE * Tiles<P>::BYTES;
+  static KOGC_DEVICE const Piece<P>* tile(const Stream<P>& at) {  // this lane's of this warp's, in the stage at hand
+    return (const Piece<P>*)(Ring<P>::stage(at.slot) + warp() % Tiles<P>::IN_STAGE * Tiles<P>::BYTES) + lane();
   }
-  static KOGC_DEVICE const Piece<P>* pieces(const char* tile) { return (const Piece<P>*)tile + lane(); }
-  KOGC_DEVICE void load_tile_keys(const char* tile) {
-    KOGC_UNROLL for (int s = 0; s < STEPS; s++) k_[s] = pieces(tile)[s * 32];
+  KOGC_DEVICE void load_tile_keys(const Piece<P>* from) {
+    KOGC_UNROLL for (int s = 0; s < STEPS; s++) k_[s] = from[s * 32];
   }
 
   // 16 positions, whose keys are loaded.
-  KOGC_DEVICE void take_tile(const char* tile, int base, int lowest, int position) {
-    const Piece<P>* from = pieces(tile + CachePlace<P>::HALF);
+  KOGC_DEVICE void take_tile(const Piece<P>* pieces, int base, int lowest, int position) {
+    const Piece<P>* from = pieces + STEPS * 32;
     Piece<P> v[STEPS];
     Scales<P> scales;
     float p[4], keep[2];
-    scales.load(tile, row());
+    scales.load(pieces);
     insert_key(scales, position - base);
     scores(p, scales, base, lowest, position);
     KOGC_UNROLL for (int j = 0; j < STEPS; j++) v[j] = from[j * 32];

@@ -62,7 +62,7 @@ template <class P> class PassAttention {
   KOGC_DEVICE void products(const KernelArgs& args, int layer, int kv_head, int lowest, int last) {
     const int first = lowest / CHUNK, end = last / CHUNK + 1;
     const auto tile = [&](int chunk) {
-      return chunk_address<P>(args.kv, layer, kv_head, chunk) + warp() * CachePlace<P>::BYTES;
+      return (const Piece<P>*)(chunk_address<P>(args.kv, layer, kv_head, chunk) + warp() * CachePlace<P>::BYTES) + lane();
     };
     const auto seen = [&](int chunk) {
       const int base = chunk * CHUNK + warp() * TILE;
@@ -78,8 +78,8 @@ template <class P> class PassAttention {
       }
       Piece<P> v[STEPS];
       Scales<P> scales;
-      load(v, tile(chunk) + CachePlace<P>::HALF);
-      scales.load(tile(chunk), row());
+      load(v, tile(chunk) + STEPS * 32);
+      scales.load(tile(chunk));
       float p[TOGETHER][4];
       KOGC_UNROLL for (int t = 0; t < TOGETHER; t++) scores(p[t], k, scales, t, chunk * CHUNK + warp() * TILE);
       if (chunk + 1 < end && seen(chunk + 1)) load(k, tile(chunk + 1));
@@ -92,18 +92,18 @@ template <class P> class PassAttention {
     }
   }
 
-  static KOGC_DEVICE void load(Piece<P> (&to)[STEPS], const u8* from) {
-    KOGC_UNROLL for (int s = 0; s < STEPS; s++) to[s] = ((const Piece<P>*)from + lane())[s * 32];
-  }
+  static KOGC_DEVICE void load(Piece<P> (&to)[STEPS], const Piece<P>* from) { KOGC_UNROLL for (int s = 0; s < STEPS; s++) to[s] = from[s * 32]; }
 
   // Scores of 16 positions from `base` on: p[h] for (position row(), column column() + h), p[2 + h] for row() + 8.
   KOGC_DEVICE void scores(float (&p)[4], const Piece<P> (&k)[STEPS], const Scales<P>& scales, int tile, int base) {
     float c[2][2][4] = {};
-    KOGC_UNROLL for (int i = 0; i < 2 * STEPS; i++) {  // as in attention.cuh
-      const int part = P::KV_FP8 ? i % 2 : i / STEPS, s = P::KV_FP8 ? i / 2 : i % STEPS;
-      const Quad q = *(const Quad*)(query(tile, 8 * part + row()) + column() * 2 + s * 16);
-      const Words a = operand(k[s]);
-      mma<false>(c[part][s % 2], a.x, a.y, a.z, a.w, q.low, q.high);
+    KOGC_UNROLL for (int part = 0; part < 2; part++) {
+      const u16* from = query(tile, 8 * part + row()) + column() * 2;
+      KOGC_UNROLL for (int s = 0; s < STEPS; s++) {
+        const Quad q = *(const Quad*)(from + s * 16);
+        const Words a = operand(k[s]);
+        mma<false>(c[part][s % 2], a.x, a.y, a.z, a.w, q.low, q.high);
+      }
     }
     KOGC_UNROLL for (int i = 0; i < 4; i++) {
       const int at = base + row() + i / 2 * 8;
