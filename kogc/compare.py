@@ -24,6 +24,9 @@ LIMITS = {"bf16": 1e-2, "fp16": 3e-3}
 # Random models amplify rounding, the more so over a random cache (measured: 2e-2 at depth 500 in BF16, where a single
 # lost position gives 1e-1). Beyond LIMITS, an error may be this many times what rounding does to the reference itself.
 ROUNDING = 2.0
+# Of a key or value in an FP8 cache, relative to its length: what rounding to four bits of mantissa can make of it, beside
+# what any kernel's may differ by.
+FP8_LIMIT = 2.0**-4 + 1e-2
 DECIDED = 4.0  # the reference's choice counts where its top two differ by more than this many largest errors
 
 
@@ -33,6 +36,11 @@ class Depth:
 
     decided: positions whose best token is clear; agreeing: those of them where kernel and reference choose the same.
     in_passes: what came before the positions went through the model in passes of many tokens.
+
+    With an FP8 cache the reference sees the keys and values that the device has stored for the positions: rounded so
+    coarsely, neighbours in FP32 become neighbours in E4M3, and logits would differ by that. Instead stored_error is the
+    worst stored vector's distance from the reference's own, and cache_error what the cache costs: the relative error of
+    the logits against a reference that rounds nothing (None where what came before was random).
     """
 
     depth: int
@@ -42,6 +50,8 @@ class Depth:
     decided: int
     agreeing: int
     in_passes: bool = False
+    stored_error: float | None = None
+    cache_error: float | None = None
 
     @property
     def where(self) -> str:
@@ -61,6 +71,11 @@ class Comparison:
         return max(d.relative_error for d in self.depths)
 
     @property
+    def cache_error(self) -> float | None:
+        """What an FP8 cache costs, at its worst; None with a BF16 cache."""
+        return max((d.cache_error for d in self.depths if d.cache_error is not None), default=None)
+
+    @property
     def problems(self) -> list[str]:
         """What failed, one phrase each; empty when all is well."""
         found = [] if self.repeatable else ["two runs of the same launch differ"]
@@ -70,12 +85,15 @@ class Comparison:
             if not d.relative_error <= d.limit:  # written so that NaN fails
                 error = f"relative logit error {d.relative_error:.2e} (limit {d.limit:.1e})"
                 found.append(f"{d.where}: {error}")
+            if d.stored_error is not None and not d.stored_error <= FP8_LIMIT:
+                found.append(f"{d.where}: a stored key or value is off by {d.stored_error:.2e} (limit {FP8_LIMIT:.1e})")
             if d.agreeing < d.decided:
                 found.append(f"{d.where}: {d.decided - d.agreeing} of {d.decided} clear greedy tokens differ")
         return found
 
     def to_json(self) -> dict[str, Any]:
-        return {**asdict(self), "passed": not self.problems, "relative_error": self.relative_error}
+        errors = {"relative_error": self.relative_error, "cache_error": self.cache_error}
+        return {**asdict(self), "passed": not self.problems, **errors}
 
     def summary(self) -> str:
         """One line for people."""
@@ -84,7 +102,18 @@ class Comparison:
         decided, agreeing = sum(d.decided for d in self.depths), sum(d.agreeing for d in self.depths)
         return (
             f"FP32 reference on the device's own weights, positions: {where}; largest relative logit error: {errors}; "
-            f"greedy tokens agree at {agreeing} of {decided} clear positions; two runs bit-identical"
+            f"greedy tokens agree at {agreeing} of {decided} clear positions; two runs bit-identical{self._cost}"
+        )
+
+    @property
+    def _cost(self) -> str:
+        """What a line says of an FP8 cache."""
+        if self.cache_error is None:
+            return ""
+        stored = max(d.stored_error for d in self.depths if d.stored_error is not None)
+        return (
+            f"; all this over the FP8 cache as stored, whose keys and values are within {stored:.1e}: against FP32 "
+            f"throughout it costs a relative logit error of {self.cache_error:.1e}"
         )
 
 
@@ -95,9 +124,9 @@ def compare(runtime: Runtime, depths: tuple[int, ...] = (), seed: int = 0) -> Co
     """
     rng = np.random.default_rng(seed)
     weights = _weights(runtime)
-    at_start, repeatable, consistent = _at_start(runtime, weights, rng)
+    from_start, repeatable, consistent = _at_start(runtime, weights, rng)
     deeper = [_at_depth(runtime, weights, rng, d) for d in depths if d > 0]
-    return Comparison((*at_start, *deeper), repeatable, consistent)
+    return Comparison((*from_start, *deeper), repeatable, consistent)
 
 
 def require(comparison: Comparison) -> None:
@@ -141,16 +170,33 @@ class RoundedReference(Reference):
 
 
 class Expected:
-    """Logits of the reference after `prompt`, and the error that rounding alone would give."""
+    """Logits of the reference after `prompt`, and the error that rounding alone would give.
 
-    def __init__(self, weights: SlabWeights, prompt: tuple[int, ...], past: list[KeyValue] | None) -> None:
-        self._weights, self._prompt, self._past = weights, prompt, past
-        self._spec = weights.plan.spec
-        self._exact = Reference(self._spec, weights).logits(prompt, past)
+    stored: the prompt's keys and values in an FP8 cache. unrounded: logits of a reference without such a cache.
+    """
+
+    def __init__(
+        self,
+        weights: SlabWeights,
+        prompt: tuple[int, ...],
+        past: list[KeyValue] | None,
+        stored: list[KeyValue] | None = None,
+        unrounded: F32 | None = None,
+    ) -> None:
+        self._weights, self._prompt, self._past, self._stored = weights, prompt, past, stored
+        self._spec, self._unrounded = weights.plan.spec, unrounded
+        self._exact, self._computed = Reference(self._spec, weights).forward(prompt, past, stored)
 
     @cached_property
     def _rounded(self) -> F32:
-        return RoundedReference(self._spec, self._weights).logits(self._prompt, self._past)
+        return RoundedReference(self._spec, self._weights).forward(self._prompt, self._past, self._stored)[0]
+
+    def _stored_error(self) -> float | None:
+        if self._stored is None:
+            return None
+        new = -len(self._prompt)
+        pairs = zip(self._stored, self._computed, strict=True)
+        return max(_relative(ours, own[:, new:]) for both in pairs for ours, own in zip(*both, strict=True))
 
     def check(self, depth: int, ours: F32, in_passes: bool = False) -> Depth:
         """`ours`: the logits of the last positions, as many as it has rows."""
@@ -161,7 +207,9 @@ class Expected:
         top = np.partition(exact, -2, axis=1)[:, -2:] if exact.shape[1] > 1 else exact.repeat(2, axis=1)
         decided = top[:, 1] - top[:, 0] > DECIDED * np.abs(ours - exact).max()
         agreeing = decided & (ours.argmax(axis=1) == exact.argmax(axis=1))
-        return Depth(depth, len(ours), error, limit, int(decided.sum()), int(agreeing.sum()), in_passes)
+        cost = None if self._unrounded is None else _relative(ours, self._unrounded[-len(ours) :])
+        counts = int(decided.sum()), int(agreeing.sum())
+        return Depth(depth, len(ours), error, limit, *counts, in_passes, self._stored_error(), cost)
 
 
 def _at_start(runtime: Runtime, weights: SlabWeights, rng: np.random.Generator) -> tuple[list[Depth], bool, bool]:
@@ -174,23 +222,29 @@ def _at_start(runtime: Runtime, weights: SlabWeights, rng: np.random.Generator) 
     assert second.logits is not None
     same = first.tokens == second.tokens and np.array_equal(first.logits.view("u4"), second.logits.view("u4"))
     consistent = not request.max_new or first.tokens[:1] == [int(first.logits[-1].argmax())]
-    expected = Expected(weights, prompt, None)
-    checks = [expected.check(0, first.logits)]
+    unrounded = Reference(runtime.plan.spec, weights).logits(prompt) if runtime.plan.kv_dtype == "fp8" else None
+
+    def expected() -> Expected:
+        return Expected(weights, prompt, None, _stored(runtime, 0, count), unrounded)
+
+    at_start = expected()
+    checks = [at_start.check(0, first.logits)]
     if runtime.plan.passes and count > 1 and request.max_new:
         _run(runtime, Request(prompt, max_new=1))
         logits = _run(runtime, Request(prompt[-1:], count - 1, logits=True)).logits
         assert logits is not None
-        checks.append(expected.check(0, logits, in_passes=True))
+        after_passes = at_start if unrounded is None else expected()  # the cache has changed
+        checks.append(after_passes.check(0, logits, in_passes=True))
     return checks, same, consistent
 
 
 def _at_depth(runtime: Runtime, weights: SlabWeights, rng: np.random.Generator, depth: int) -> Depth:
     runtime.fill_kv(depth)
     prompt = _tokens(runtime, rng, 1)
-    past = [_past(runtime, layer, depth) for layer in range(runtime.plan.spec.layers)]
+    past = _cached(runtime, 0, depth)
     logits = _run(runtime, Request(prompt, depth, logits=True)).logits
     assert logits is not None
-    return Expected(weights, prompt, past).check(depth, logits)
+    return Expected(weights, prompt, past, _stored(runtime, depth, 1)).check(depth, logits)
 
 
 def _run(runtime: Runtime, request: Request) -> Result:
@@ -200,19 +254,28 @@ def _run(runtime: Runtime, request: Request) -> Result:
     return Result(result.tokens, logits, result.milliseconds)
 
 
-def _past(runtime: Runtime, layer: int, positions: int) -> KeyValue:
-    """Keys and values of a layer as the device holds them: float32 [kv_heads, positions, head_dim] each."""
+def _stored(runtime: Runtime, start: int, count: int) -> list[KeyValue] | None:
+    """Keys and values of an FP8 cache from position `start` on, of each layer; None of another cache."""
+    return _cached(runtime, start, count) if runtime.plan.kv_dtype == "fp8" else None
+
+
+def _cached(runtime: Runtime, start: int, count: int) -> list[KeyValue]:
+    """Keys and values as the device holds them: float32 [kv_heads, count, head_dim] each, of each layer."""
     plan = runtime.plan
-    chunk = CHUNK * plan.spec.head_dim * 4
-    count = -(-positions // CHUNK) * chunk
-    heads = []
-    for head in range(plan.spec.kv_heads):
-        offset = (layer * plan.spec.kv_heads + head) * plan.chunks * chunk
-        raw = runtime.download("kv", offset, count).view(np.uint16)
-        heads.append(unpack_kv(plan, plan.target, raw.reshape(-1, chunk // 2), positions))
-    return np.stack([k for k, _ in heads]), np.stack([v for _, v in heads])
+    first, end = start // CHUNK, -(-(start + count) // CHUNK)
+    inside = slice(start - first * CHUNK, start - first * CHUNK + count)
+    layers = []
+    for layer in range(plan.spec.layers):
+        heads = []
+        for head in range(plan.spec.kv_heads):
+            chunk = (layer * plan.spec.kv_heads + head) * plan.chunks + first
+            raw = runtime.download("kv", chunk * plan.chunk_bytes, (end - first) * plan.chunk_bytes)
+            keys, values = unpack_kv(plan, plan.target, raw, inside.stop)
+            heads.append((keys[inside], values[inside]))
+        layers.append((np.stack([k for k, _ in heads]), np.stack([v for _, v in heads])))
+    return layers
 
 
 def _relative(ours: F32, exact: F32) -> float:
-    """Relative L2 error of the worst position; NaN, which no limit admits, if any logit is NaN."""
-    return float((np.linalg.norm(ours - exact, axis=1) / np.linalg.norm(exact, axis=1)).max())
+    """Relative L2 error of the worst vector along the last axis; NaN, which no limit admits, if any number is NaN."""
+    return float((np.linalg.norm(ours - exact, axis=-1) / np.linalg.norm(exact, axis=-1)).max())

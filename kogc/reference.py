@@ -45,16 +45,25 @@ class Reference:
         """Logits after each token: float32 [len(tokens), vocab]. See `forward` for `past`."""
         return self.forward(tokens, past)[0]
 
-    def forward(self, tokens: Sequence[int], past: Sequence[KeyValue] | None = None) -> tuple[F32, list[KeyValue]]:
+    def forward(
+        self,
+        tokens: Sequence[int],
+        past: Sequence[KeyValue] | None = None,
+        stored: Sequence[KeyValue] | None = None,
+    ) -> tuple[F32, list[KeyValue]]:
         """Logits, and the keys and values of past and new tokens together.
 
         past: per layer (K, V), float32 [kv_heads, positions, head_dim] each, keys already rotated; its length is the
-        position of tokens[0]. ValueError for no tokens, tokens outside the vocabulary or a past of another shape.
+        position of tokens[0]. stored: the same of the new tokens, which attention then sees in place of those that are
+        computed and returned. ValueError for no tokens, tokens outside the vocabulary, or past or stored of another
+        shape.
         """
         s = self.spec
         if not tokens or min(tokens) < 0 or max(tokens) >= s.vocab:
             raise ValueError(f"tokens must be one or more numbers from 0 to {s.vocab - 1}")
         start = self._past_length(past)
+        if stored is not None and self._past_length(stored) != len(tokens):
+            raise ValueError(f"stored: keys and values of {self._past_length(stored)} tokens for {len(tokens)}")
         cos_sin = self._rotation(start, len(tokens))
         kv: list[KeyValue] = []
         with ThreadPoolExecutor(min(THREADS, os.cpu_count() or 1)) as pool:
@@ -64,7 +73,8 @@ class Reference:
                 name = f"model.layers.{layer}."
                 normed = self._norm(x, stream.vector(name + "input_layernorm.weight", 0, s.hidden))
                 before = past[layer] if past is not None else None
-                mixed, keys_values = self._attention(stream, layer, normed, cos_sin, before)
+                seen = stored[layer] if stored is not None else None
+                mixed, keys_values = self._attention(stream, layer, normed, cos_sin, before, seen)
                 kv.append(keys_values)
                 x = x + stream.project(mixed, name + "self_attn.o_proj.weight", s.hidden)
                 normed = self._norm(x, stream.vector(name + "post_attention_layernorm.weight", 0, s.hidden))
@@ -95,7 +105,13 @@ class Reference:
         return np.cos(angles) * self._scaling, np.sin(angles) * self._scaling
 
     def _attention(
-        self, stream: _Stream, layer: int, x: F32, cos_sin: tuple[F32, F32], past: KeyValue | None
+        self,
+        stream: _Stream,
+        layer: int,
+        x: F32,
+        cos_sin: tuple[F32, F32],
+        past: KeyValue | None,
+        stored: KeyValue | None,
     ) -> tuple[F32, KeyValue]:
         """Attention output before the O projection, [n, heads * head_dim], and all keys and values so far."""
         s = self.spec
@@ -103,10 +119,9 @@ class Reference:
         k = self._heads(stream, layer, "k", x, s.kv_heads)
         v = self._heads(stream, layer, "v", x, s.kv_heads)
         q, k = _rotate(q, cos_sin), _rotate(k, cos_sin)
-        start = 0
-        if past is not None:
-            start = past[0].shape[1]
-            k, v = np.concatenate([past[0], k], axis=1), np.concatenate([past[1], v], axis=1)
+        start = past[0].shape[1] if past is not None else 0
+        computed = _after(past, (k, v))
+        k, v = computed if stored is None else _after(past, stored)
         hidden = _masked(start, len(x), s.window(layer))
         out = np.empty((len(x), s.heads, s.head_dim), np.float32)
         for head in range(s.heads):
@@ -114,7 +129,7 @@ class Reference:
             scores = (q[head] @ k[kv_head].T) * np.float32(s.head_dim**-0.5)
             scores[hidden] = -np.inf
             out[:, head] = _softmax(scores) @ v[kv_head]
-        return out.reshape(len(x), -1), (k, v)
+        return out.reshape(len(x), -1), computed
 
     def _heads(self, stream: _Stream, layer: int, which: str, x: F32, heads: int) -> F32:
         """Projection to [heads, n, head_dim], with bias or norm where the model has them."""
@@ -172,6 +187,12 @@ class _Stream:
 
     def _read(self, names: tuple[str, ...], start: int, stop: int) -> list[F32]:
         return [self._weights.float_rows(name, start, stop) for name in names]
+
+
+def _after(past: KeyValue | None, new: KeyValue) -> KeyValue:
+    if past is None:
+        return new
+    return np.concatenate([past[0], new[0]], axis=1), np.concatenate([past[1], new[1]], axis=1)
 
 
 def _rotate(x: F32, cos_sin: tuple[F32, F32]) -> F32:

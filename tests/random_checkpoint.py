@@ -77,10 +77,28 @@ def load_reference(path: Path, dtype: torch.dtype = torch.float32) -> torch.nn.M
     return model.eval()
 
 
-def reference_logits(path: Path, tokens: list[int], dtype: torch.dtype = torch.float32) -> Any:
-    """Logits of transformers for every position, float32 numpy [tokens, vocab]."""
+class Fp8Cache(transformers.DynamicCache):  # type: ignore[misc]
+    """A cache that rounds keys and values as kogc's FP8 cache is said to, by PyTorch's own E4M3."""
+
+    def update(self, key_states: Any, value_states: Any, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
+        return super().update(round_fp8(key_states), round_fp8(value_states), layer_idx, *args, **kwargs)
+
+
+def round_fp8(x: torch.Tensor) -> torch.Tensor:
+    """Each vector divided by the power of two that brings its largest number to 128 .. 256, rounded, multiplied again."""
+    wide = x.float()
+    power = torch.exp2(torch.floor(torch.log2(wide.abs().amax(-1, keepdim=True).clamp(2.0**-119))) - 7)
+    return ((wide / power).to(torch.float8_e4m3fn).float() * power).to(x.dtype)
+
+
+def reference_logits(
+    path: Path, tokens: list[int], dtype: torch.dtype = torch.float32, kv_dtype: str = "bf16"
+) -> Any:
+    """Logits of transformers for every position, float32 numpy [tokens, vocab]; `bf16` rounds no keys and values."""
+    cache = Fp8Cache() if kv_dtype == "fp8" else None
     with torch.no_grad():
-        return load_reference(path, dtype)(torch.tensor([tokens])).logits[0].float().numpy()
+        model = load_reference(path, dtype)
+        return model(torch.tensor([tokens]), past_key_values=cache).logits[0].float().numpy()
 
 
 def write_tokenizer(out: Path, vocab: int) -> None:

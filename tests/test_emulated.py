@@ -39,6 +39,7 @@ class Case:
     tokens: int = 10
     seeds: tuple[int, ...] = (1, 2)
     arch: str = "sm_90a"
+    kv_dtype: str = "bf16"
 
 
 TINY = {"num_hidden_layers": 2, "vocab_size": 131}
@@ -160,20 +161,19 @@ CASES = {
 }
 
 
-def profile_with(stages: int, spec: Any, knobs: Knobs, blocks: int, arch: str) -> GpuProfile:
+def profile_with(stages: int, spec: Any, options: Options, arch: str) -> GpuProfile:
     """A GPU with just the shared memory that this many stages need."""
     roomy = dataclasses.replace(load_profile("h200-sxm"), arch=arch)
-    plan = make_plan(spec, roomy, Options(blocks=blocks, knobs=knobs))
-    fixed = plan.memory.bytes - plan.memory.stages * (knobs.stage_bytes + 16)
-    return dataclasses.replace(roomy, smem_per_block=fixed + stages * (knobs.stage_bytes + 16))
+    plan = make_plan(spec, roomy, options)
+    fixed = plan.memory.bytes - plan.memory.stages * (plan.slot_bytes + 16)
+    return dataclasses.replace(roomy, smem_per_block=fixed + stages * (plan.slot_bytes + 16))
 
 
 def plan_of(case: Case, checkpoint: Path) -> Plan:
     spec, _ = spec_from_dir(checkpoint)
     knobs = Knobs(**{"stage_bytes": STAGE, "in_flight": 2, "in_flight_head": 2, **case.knobs})
-    plan = make_plan(
-        spec, profile_with(case.stages, spec, knobs, case.blocks, case.arch), Options(blocks=case.blocks, knobs=knobs)
-    )
+    options = Options(blocks=case.blocks, knobs=knobs, kv_dtype=case.kv_dtype)
+    plan = make_plan(spec, profile_with(case.stages, spec, options, case.arch), options)
     assert plan.memory.stages == case.stages
     return plan
 

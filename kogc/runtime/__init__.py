@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from ..artifact import Operand
 from ..errors import KogcError
+from ..kv_layout import pack_kv
 from ..plan.plan import CHUNK, Plan
 from ..sampling import GREEDY, SEEDS, Sampling
 from .args import REPORT_WORDS, KernelArgs, Logprobs, bias_words, kernel_args, read_record, record_words
@@ -183,6 +184,10 @@ class Runtime(ABC):
         """Copy `count` bytes of an operand, of 'weights' or 'kv', from byte `offset`; KeyError for an unknown name."""
 
     @abstractmethod
+    def write_kv(self, offset: int, data: memoryview) -> None:
+        """Copy bytes to `offset` of the KV cache."""
+
+    @abstractmethod
     def load_kernel(self, plan: Plan, image: bytes) -> Kernel:
         """Load another binary beside the artifact's own, for `use`. KogcError where it does not load or fit."""
 
@@ -314,12 +319,19 @@ class Runtime(ABC):
 
     def fill_kv(self, positions: int) -> None:
         """Fill the KV cache of every layer and head with random values up to `positions`, in whole chunks."""
-        spec = self.plan.spec
-        head = self.plan.kv_bytes // (spec.layers * spec.kv_heads)
-        chunks = min(-(-positions // CHUNK), self.plan.chunks)
-        count = chunks * CHUNK * spec.head_dim * 2
-        for i in range(spec.layers * spec.kv_heads if count else 0):
-            self._fill("kv", i * head, count, 1000 + i, 1.0, fp16=False)
+        plan = self.plan
+        heads = plan.spec.layers * plan.spec.kv_heads
+        each = plan.chunks * plan.chunk_bytes
+        chunks = min(-(-positions // CHUNK), plan.chunks)
+        if not chunks:
+            return
+        if plan.kv_dtype == "fp8":
+            random = random_chunks(plan, chunks + heads)
+            for head in range(heads):
+                self.write_kv(head * each, memoryview(random[head : head + chunks].reshape(-1)))
+            return
+        for head in range(heads):
+            self._fill("kv", head * each, chunks * plan.chunk_bytes // 2, 1000 + head, 1.0, fp16=False)
 
     def close(self) -> None:
         """Stop a launch that is still under way, wait for it, and free everything. A second call does nothing."""
@@ -333,6 +345,15 @@ class Runtime(ABC):
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def random_chunks(plan: Plan, count: int) -> NDArray[np.uint8]:
+    """Chunks of an FP8 cache, [count, plan.chunk_bytes]: uniform numbers, scaled so that exponents differ."""
+    rng = np.random.default_rng(1000)
+    shape = (2, count * CHUNK)
+    numbers = rng.random((*shape, plan.spec.head_dim), np.float32) * 2 - 1
+    keys, values = np.ldexp(numbers, rng.integers(-1, 2, (*shape, 1), np.int32))
+    return pack_kv(plan, plan.target, keys, values)
 
 
 def trace_bytes(plan: Plan) -> int:

@@ -60,6 +60,9 @@ class CpuRuntime(Runtime):
     def upload(self, offset: int, data: memoryview) -> None:
         self._weights[offset : offset + len(data)] = np.frombuffer(data, np.uint8)
 
+    def write_kv(self, offset: int, data: memoryview) -> None:
+        self._kv[offset : offset + len(data)] = np.frombuffer(data, np.uint8)
+
     def load_kernel(self, plan: Plan, image: bytes) -> Kernel:
         with tempfile.TemporaryDirectory(prefix="kogc-") as scratch:  # a loaded library outlives its file
             path = Path(scratch) / self.program.binary.name

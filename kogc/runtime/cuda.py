@@ -192,6 +192,12 @@ class CudaRuntime(Runtime):
     def upload(self, offset: int, data: memoryview) -> None:
         self._uploader.copy(self._weights + offset, data)
 
+    def write_kv(self, offset: int, data: memoryview) -> None:
+        self._use_context()
+        source = np.frombuffer(data, np.uint8)
+        self._driver.call("cuStreamSynchronize", self._stream)
+        self._driver.call("cuMemcpyHtoD", self._kv + offset, source.ctypes.data, source.nbytes)
+
     # -- launching
 
     def _launch(self, args: KernelArgs, prompt: NDArray[np.int32], logits: bool, bias: NDArray[np.int32]) -> None:

@@ -169,6 +169,10 @@ class HipRuntime(Runtime):
     def upload(self, offset: int, data: memoryview) -> None:
         self._to_device(self._weights + offset, np.frombuffer(data, np.uint8))
 
+    def write_kv(self, offset: int, data: memoryview) -> None:
+        self._use_device()
+        self._to_device(self._kv + offset, np.frombuffer(data, np.uint8))
+
     def _to_device(self, target: int, data: NDArray[Any]) -> None:
         kind = self._hip.hipMemcpyKind.hipMemcpyHostToDevice
         self._hip.call("hipMemcpy", target, int(data.ctypes.data), data.nbytes, kind)

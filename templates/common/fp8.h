@@ -28,5 +28,14 @@ constexpr float FP8_HALF = 0x1p60f;
 KOGC_DEVICE u32 fp8_even(u32 w) { return (w << 8 & 0x80008000u) | (w << 4 & 0x07f007f0u); }
 KOGC_DEVICE u32 fp8_odd(u32 w) { return (w & 0x80008000u) | (w >> 4 & 0x07f007f0u); }
 KOGC_DEVICE float fp8_scale(u32 exponent) { return as_float((exponent + 60) << 23); }
+KOGC_DEVICE int fp8_byte(int element) { return element / 4 * 4 + element % 2 * 2 + element / 2 % 2; }  // where it lies for that
+KOGC_DEVICE u32 replaced(u32 word, u32 by, int shift, u32 mask = 0xff) { return (word & ~(mask << shift)) | by << shift; }
+
+// What a lane loads of eight numbers, and the operand of a product that it is.
+template <bool FP8> struct CachePieces { using Piece = Words; };
+template <> struct CachePieces<true> { using Piece = Quad; };
+template <class P> using Piece = typename CachePieces<P::KV_FP8>::Piece;
+KOGC_DEVICE const Words& operand(const Words& bf16) { return bf16; }
+KOGC_DEVICE Words operand(const Quad& fp8) { return {fp8_even(fp8.low), fp8_odd(fp8.low), fp8_even(fp8.high), fp8_odd(fp8.high)}; }
 
 }  // namespace kogc

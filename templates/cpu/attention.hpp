@@ -1,4 +1,4 @@
-// Attention products in FP32 with keys and values from BF16. A chunk is done in three steps: scores of all heads, their
+// Attention products in FP32 with keys and values from BF16 or FP8. A chunk is done in three steps: scores of all heads, their
 // running softmax, outputs. Queries and outputs lie in the order in which a Pair splits a vector of 16-bit data.
 #pragma once
 
@@ -17,11 +17,13 @@ template <class P> class AttentionCore {
     query_[head][place(d)] = v;
     heads_ = head + 1;
   }
-  KOGC_DEVICE void store_key(u16* chunk, int row, int d, u16 v) { chunk[row * DIM + d] = v; }
-  KOGC_DEVICE void store_value(u16* chunk, int row, int d, u16 v) { chunk[(CHUNK + row) * DIM + d] = v; }
+  KOGC_DEVICE void store_key(u8* chunk, int row, int d, u16 v) { put(chunk, row * DIM + d, v); }
+  KOGC_DEVICE void store_value(u8* chunk, int row, int d, u16 v) { put(chunk, (CHUNK + row) * DIM + d, v); }
+  KOGC_DEVICE void store_key_scale(u8* chunk, int row, u32 exponent) { chunk[SCALES + row] = (u8)exponent; }
+  KOGC_DEVICE void store_value_scale(u8* chunk, int row, u32 exponent) { chunk[SCALES + CHUNK + row] = (u8)exponent; }
 
   KOGC_DEVICE void load_keys(const Stream<P>&, int, int, const Where&) {}
-  KOGC_DEVICE void take_chunk(Stream<P>&, const u16* keys, int chunk, int lowest, int position, const Where&) {
+  KOGC_DEVICE void take_chunk(Stream<P>&, const u8* keys, int chunk, int lowest, int position, const Where&) {
     chunk_ = keys;
     const int first_position = chunk * CHUNK;
     const int first = lowest > first_position ? lowest - first_position : 0;
@@ -30,6 +32,7 @@ template <class P> class AttentionCore {
       alignas(64) float p[CHUNK];
       scores(p, h, first, last);
       const float keep = softmax(p, h, first, last);
+      scale<CHUNK>(p, first, last + 1);
       for (int d = 0; d < DIM; d += PART) accumulate(p, keep, h, d, first, last);
     }
   }
@@ -53,6 +56,23 @@ template <class P> class AttentionCore {
   }
 
  private:
+  static constexpr int BYTES = P::KV_FP8 ? 1 : 2;         // of a number
+  static constexpr int SCALES = 2 * CHUNK * DIM * BYTES;  // where the exponents of an FP8 chunk are: of its keys, its values
+
+  static KOGC_DEVICE void put(u8* chunk, int at, u16 v) {
+    if constexpr (P::KV_FP8) chunk[at] = (u8)v;
+    else ((u16*)chunk)[at] = v;
+  }
+  KOGC_DEVICE Pair pair(int at) const {
+    if constexpr (P::KV_FP8) return fp8_pair(chunk_ + at);
+    else return bf16_pair((const u16*)chunk_ + at);
+  }
+  // Scores by the scales of their keys (FROM is 0), or probabilities by those of their values (CHUNK).
+  template <int FROM> KOGC_DEVICE void scale(float (&p)[CHUNK], int first, int end) const {
+    if constexpr (P::KV_FP8)
+      for (int i = first; i < end; i++) p[i] *= fp8_pair_scale(chunk_[SCALES + FROM + i]);
+  }
+
   // Where dimension d of a vector lies: even dimensions of a Pair first, then the odd ones.
   static KOGC_DEVICE int place(int d) { return d / WIDTH * WIDTH + d % 2 * VECTOR + d % WIDTH / 2; }
 
@@ -64,12 +84,13 @@ template <class P> class AttentionCore {
       for (int d = 0; d < DIM; d += WIDTH) {
         const Vector a = load(query_[head] + d), b = load(query_[head] + d + VECTOR);
         KOGC_UNROLL_ALL for (int j = 0; j < 8; j++) {
-          const Pair k = bf16_pair(chunk_ + (i + j) * DIM + d);
+          const Pair k = pair((i + j) * DIM + d);
           sum[j] = multiply_add(k.b, b, multiply_add(k.a, a, sum[j]));
         }
       }
       _mm256_storeu_ps(p + i, sums_of(sum));
     }
+    scale<0>(p, first, last + 1);
   }
 
   // Turns scores into probabilities relative to the new maximum; returns what the sums so far must be multiplied with.
@@ -89,11 +110,10 @@ template <class P> class AttentionCore {
     constexpr int VECTORS = PART / VECTOR;
     Vector o[VECTORS];
     KOGC_UNROLL_ALL for (int v = 0; v < VECTORS; v++) o[v] = multiply(load(out_[head] + d + v * VECTOR), broadcast(keep));
-    const u16* values = chunk_ + CHUNK * DIM + d;
     for (int i = first; i <= last; i++) {
       const Vector weight = broadcast(p[i]);
       KOGC_UNROLL_ALL for (int v = 0; v < VECTORS; v += 2) {
-        const Pair x = bf16_pair(values + i * DIM + v * VECTOR);
+        const Pair x = pair((CHUNK + i) * DIM + d + v * VECTOR);
         o[v] = multiply_add(weight, x.a, o[v]);
         o[v + 1] = multiply_add(weight, x.b, o[v + 1]);
       }
@@ -101,7 +121,7 @@ template <class P> class AttentionCore {
     KOGC_UNROLL_ALL for (int v = 0; v < VECTORS; v++) store(out_[head] + d + v * VECTOR, o[v]);
   }
 
-  const u16* chunk_ = nullptr;
+  const u8* chunk_ = nullptr;
   int heads_ = 0;
   alignas(64) float query_[HEADS][DIM];
   alignas(64) float out_[HEADS][DIM];

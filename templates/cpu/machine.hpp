@@ -127,6 +127,13 @@ KOGC_DEVICE Pair bf16_pair(const u16* p) {
   const __m512i w = _mm512_loadu_si512(p);
   return {_mm512_castsi512_ps(_mm512_slli_epi32(w, 16)), _mm512_castsi512_ps(_mm512_and_si512(w, _mm512_set1_epi32((int)0xffff0000)))};
 }
+// E4M3: as halves with another bias of the exponent, 2^-8 of their worth, which fp8_pair_scale() makes up for.
+KOGC_DEVICE Pair fp8_pair(const u8* p) {
+  const __m256i w = _mm256_loadu_si256((const __m256i*)p), sign = _mm256_set1_epi16((short)0x8000), rest = _mm256_set1_epi16(0x3f80);
+  const __m256i even = _mm256_or_si256(_mm256_and_si256(_mm256_slli_epi16(w, 8), sign), _mm256_and_si256(_mm256_slli_epi16(w, 7), rest));
+  const __m256i odd = _mm256_or_si256(_mm256_and_si256(w, sign), _mm256_and_si256(_mm256_srli_epi16(w, 1), rest));
+  return {_mm512_cvtph_ps(even), _mm512_cvtph_ps(odd)};
+}
 KOGC_DEVICE Pair half_pair(const u16* p) {
   return {_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)), _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p + 1))};
 }
@@ -145,10 +152,17 @@ KOGC_DEVICE Pair bf16_pair(const u16* p) {
   const __m256i w = _mm256_loadu_si256((const __m256i*)p);
   return {_mm256_castsi256_ps(_mm256_slli_epi32(w, 16)), _mm256_castsi256_ps(_mm256_and_si256(w, _mm256_set1_epi32((int)0xffff0000)))};
 }
+KOGC_DEVICE Pair fp8_pair(const u8* p) {
+  const __m128i w = _mm_loadu_si128((const __m128i*)p), sign = _mm_set1_epi16((short)0x8000), rest = _mm_set1_epi16(0x3f80);
+  const __m128i even = _mm_or_si128(_mm_and_si128(_mm_slli_epi16(w, 8), sign), _mm_and_si128(_mm_slli_epi16(w, 7), rest));
+  const __m128i odd = _mm_or_si128(_mm_and_si128(w, sign), _mm_and_si128(_mm_srli_epi16(w, 1), rest));
+  return {_mm256_cvtph_ps(even), _mm256_cvtph_ps(odd)};
+}
 KOGC_DEVICE Pair half_pair(const u16* p) {
   return {_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)), _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p + 1))};
 }
 #endif
+KOGC_DEVICE float fp8_pair_scale(u32 exponent) { return as_float((exponent + 8) << 23); }
 constexpr int VECTOR = sizeof(Vector) / 4;  // FP32 lanes; a Pair holds twice as many columns
 
 template <bool FP16> KOGC_DEVICE Pair load_pair(const u16* p) {

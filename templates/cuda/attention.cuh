@@ -30,18 +30,8 @@ template <class P> struct CachePlace {
   }
 
  private:
-  // In FP8 the middle two of four change places: a word becomes two operands by its even and its odd bytes.
-  static KOGC_DEVICE int place(int piece, int element) {
-    return P::KV_FP8 ? piece * 8 + element / 4 * 4 + element % 2 * 2 + element / 2 % 2 : (piece * 8 + element) * 2;
-  }
+  static KOGC_DEVICE int place(int piece, int element) { return P::KV_FP8 ? piece * 8 + fp8_byte(element) : (piece * 8 + element) * 2; }
 };
-
-// What a lane loads of 16 dimensions of 16 positions, and the operand of a product that it is.
-template <bool FP8> struct CachePieces { using Piece = Words; };
-template <> struct CachePieces<true> { using Piece = Quad; };
-template <class P> using Piece = typename CachePieces<P::KV_FP8>::Piece;
-KOGC_DEVICE const Words& operand(const Words& bf16) { return bf16; }
-KOGC_DEVICE Words operand(const Quad& fp8) { return {fp8_even(fp8.low), fp8_odd(fp8.low), fp8_even(fp8.high), fp8_odd(fp8.high)}; }
 
 // What products over an FP8 cache are multiplied with: queries and outputs by UNIT, scores and probabilities by their
 // position's scale. Of p, elements 0 and 1 are of position `row` of a tile, 2 and 3 of row + 8.
@@ -251,7 +241,6 @@ template <class P> class AttentionCore {
     if (r >= 16 || r % 8 / 2 != (lane() & 3)) return;
     KOGC_UNROLL for (int j = 0; j < STEPS; j++) replace_value(v[j], new_value()[j * 16 + row()], new_value()[j * 16 + 8 + row()], r);
   }
-  static KOGC_DEVICE u32 replaced(u32 word, u32 by, int shift, u32 mask) { return (word & ~(mask << shift)) | by << shift; }
   static KOGC_DEVICE void replace_key(Words& k, const Quad& key, int r) {
     if (r < 8) {
       k.x = key.low;
@@ -277,7 +266,7 @@ template <class P> class AttentionCore {
   }
   static KOGC_DEVICE void replace_value(Quad& v, u16 first, u16 second, int r) {
     const int shift = r % 2 * 16 + r / 8 * 8;
-    v = {replaced(v.low, first, shift, 0xff), replaced(v.high, second, shift, 0xff)};
+    v = {replaced(v.low, first, shift), replaced(v.high, second, shift)};
   }
 
   // Scores of 16 positions: p[h] for (position row(), head column() + h), p[2 + h] for (position row() + 8, the same).

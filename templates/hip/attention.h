@@ -17,31 +17,36 @@ template <class P> class AttentionCore {
   static constexpr bool AHEAD = Units<P>::COUNT <= Units<P>::STRIDE;
   static constexpr bool VALUES_AHEAD = AHEAD && LANES == 64;  // else they would take more registers than RDNA4 has
   struct alignas(16) Four { float a, b, c, d; };
+  struct alignas(16) Values { Slice slice[GROUPS]; };
 
  public:
   KOGC_DEVICE void store_query(int head, int d, float v) {
+    v *= UNIT;
     const u16 high = float_to_bf16(v);
     queries()[head * ROW + d] = high;
     queries()[(8 + head) * ROW + d] = float_to_bf16(v - bf16_to_float(high));
   }
-  // A tile holds 16 positions: keys, then values, each in the order in which lanes load them (kogc/kv_layout.py).
-  KOGC_DEVICE void store_key(u16* chunk, int row, int d, u16 v) {
-    new_key()[d] = v;
-    chunk[row / 16 * (32 * DIM) + (d / 8 * 16 + row % 16) * 8 + d % 8] = v;
+  // A tile holds 16 positions: keys, then values, each in the order in which lanes load them, then the exponents of an FP8
+  // cache (kogc/kv_layout.py).
+  KOGC_DEVICE void store_key(u8* chunk, int row, int d, u16 v) {
+    put((u8*)new_key(), d / 8, d % 8, v);
+    put(chunk + row / 16 * TILE, d / 8 * 16 + row % 16, d % 8, v);
   }
-  KOGC_DEVICE void store_value(u16* chunk, int row, int d, u16 v) {
+  KOGC_DEVICE void store_value(u8* chunk, int row, int d, u16 v) {
     new_value()[d] = v;
     const int r = row % 16, group = d / 16, owner = r / ROWS * 16 + d % 16, element = group % GROUPS * ROWS + r % ROWS;
-    chunk[row / 16 * (32 * DIM) + 16 * DIM + (group / GROUPS * LANES + owner) * 8 + element] = v;
+    put(chunk + row / 16 * TILE + HALF, group / GROUPS * LANES + owner, element, v);
   }
+  KOGC_DEVICE void store_key_scale(u8* chunk, int row, u32 exponent) { store_scale(chunk, row, 0, exponent); }
+  KOGC_DEVICE void store_value_scale(u8* chunk, int row, u32 exponent) { store_scale(chunk, row, 1, exponent); }
 
   KOGC_DEVICE void load_keys(const Stream<P>&, int chunk, int position, const Where& where) {
     if (!AHEAD || chunk * CHUNK + warp() * 16 > position) return;
-    const Words* from = tile(chunk_address<P>(where.args.kv, where.layer, Units<P>::first() / P::HEAD_TILES, chunk));
+    const u8* from = tile(chunk_address<P>(where.args.kv, where.layer, Units<P>::first() / P::HEAD_TILES, chunk));
     load_tile_keys(from);
     if constexpr (VALUES_AHEAD) load_tile_values(from);
   }
-  KOGC_DEVICE void take_chunk(Stream<P>&, const u16* from, int chunk, int lowest, int position, const Where&) {
+  KOGC_DEVICE void take_chunk(Stream<P>&, const u8* from, int chunk, int lowest, int position, const Where&) {
     const int base = chunk * CHUNK + warp() * 16;
     if (base > position || base + 15 < lowest) return;
     if constexpr (!AHEAD) load_tile_keys(tile(from));
@@ -51,6 +56,7 @@ template <class P> class AttentionCore {
     scores(p, base, lowest, position);
     insert_value(position - base);
     const float keep = softmax(p);
+    if constexpr (P::KV_FP8) KOGC_UNROLL for (int i = 0; i < ROWS; i++) p[i] *= scale(1, i);
     accumulate(p, keep);
   }
 
@@ -62,7 +68,7 @@ template <class P> class AttentionCore {
     float* to = out(warp(), column());
     KOGC_UNROLL for (int j = 0; j < DIM / 16; j++)
       KOGC_UNROLL for (int i = 0; i < ROWS; i += 4)
-        *(Four*)(to + j * 16 + sixteen() * ROWS + i) = {o_[j].v[i], o_[j].v[i + 1], o_[j].v[i + 2], o_[j].v[i + 3]};
+        *(Four*)(to + j * 16 + sixteen() * ROWS + i) = {o_[j].v[i] * UNIT, o_[j].v[i + 1] * UNIT, o_[j].v[i + 2] * UNIT, o_[j].v[i + 3] * UNIT};
     if (sixteen() == 0) *(Four*)(to + DIM) = {maximum_, sum_, 0, 0};
   }
 
@@ -87,46 +93,87 @@ template <class P> class AttentionCore {
   }
 
  private:
+  static constexpr int HALF = 16 * DIM * (P::KV_FP8 ? 1 : 2), TILE = P::CHUNK_BYTES / (CHUNK / 16);  // bytes
+  static constexpr float UNIT = P::KV_FP8 ? FP8_HALF : 1.0f;  // queries and outputs are multiplied with it
+
+  static KOGC_DEVICE void put(u8* to, int piece, int element, u16 v) {
+    if constexpr (P::KV_FP8) to[piece * 8 + fp8_byte(element)] = (u8)v;
+    else ((u16*)to)[piece * 8 + element] = v;
+  }
+  static KOGC_DEVICE void store_scale(u8* chunk, int row, int which, u32 exponent) {
+    new_scales()[which] = (u16)exponent;
+    chunk[row / 16 * TILE + 2 * HALF + which * 16 + row % 16] = (u8)exponent;
+  }
+  KOGC_DEVICE float scale(int which, int i) const { return fp8_scale(scales_[which][i / 4] >> i % 4 * 8 & 0xff); }
+
   static KOGC_DEVICE u16* queries() { return (u16*)scratch<P>(); }
   static KOGC_DEVICE u16* new_key() { return queries() + 16 * ROW; }
   static KOGC_DEVICE u16* new_value() { return new_key() + DIM; }
-  static KOGC_DEVICE float* out(int warp, int head) { return (float*)(new_value() + DIM) + (warp * HEADS + head) * OUT; }
+  static KOGC_DEVICE u16* new_scales() { return new_value() + DIM; }  // exponents: of the key, of the value
+  static KOGC_DEVICE float* out(int warp, int head) { return (float*)(new_scales() + (P::KV_FP8 ? 8 : 0)) + (warp * HEADS + head) * OUT; }
   static KOGC_DEVICE int sixteen() { return lane() / 16; }
   static KOGC_DEVICE int column() { return lane() % 16; }  // of b and c: a head, its coarse part or its rest; row of a
 
-  static KOGC_DEVICE const Words* tile(const u16* chunk) { return (const Words*)chunk + warp() * (4 * DIM) + lane(); }
-  KOGC_DEVICE void load_tile_keys(const Words* from) {
+  static KOGC_DEVICE const u8* tile(const u8* chunk) { return chunk + warp() * TILE; }
+  KOGC_DEVICE void load_tile_keys(const u8* tile) {
+    const Piece<P>* from = (const Piece<P>*)tile + lane();
     KOGC_UNROLL for (int i = 0; i < LOADS; i++) k_[i] = from[i * LANES];
+    if constexpr (P::KV_FP8) {
+      const u32* scales = (const u32*)(tile + 2 * HALF) + sixteen() * (ROWS / 4);
+      KOGC_UNROLL for (int i = 0; i < ROWS / 4; i++) {
+        scales_[0][i] = scales[i];
+        scales_[1][i] = scales[4 + i];
+      }
+    }
   }
-  KOGC_DEVICE void load_tile_values(const Words* from) {
-    KOGC_UNROLL for (int i = 0; i < LOADS; i++) v_[i] = from[2 * DIM + i * LANES];
+  KOGC_DEVICE void load_tile_values(const u8* tile) {
+    const Piece<P>* from = (const Piece<P>*)(tile + HALF) + lane();
+    KOGC_UNROLL for (int i = 0; i < LOADS; i++) v_[i] = from[i * LANES];
   }
 
   // The token at hand is not yet in what was loaded: row `r` of these 16, if it is among them.
   KOGC_DEVICE void insert_key(int r) {
+    if constexpr (P::KV_FP8) insert_scales(r);
     if (r >= 16 || r != column()) return;
-    KOGC_UNROLL for (int i = 0; i < LOADS; i++) k_[i] = *(const Words*)(new_key() + i * DEPTH + sixteen() * 8);
+    const Piece<P>* from = (const Piece<P>*)new_key() + sixteen();
+    KOGC_UNROLL for (int i = 0; i < LOADS; i++) k_[i] = from[i * (DEPTH / 8)];
+  }
+  KOGC_DEVICE void insert_scales(int r) {
+    if (r >= 16 || r / ROWS != sixteen()) return;
+    KOGC_UNROLL for (int which = 0; which < 2; which++) KOGC_UNROLL for (int i = 0; i < ROWS / 4; i++) {
+      u32& w = scales_[which][i];
+      if (i == r % ROWS / 4) w = replaced(w, new_scales()[which], r % 4 * 8);
+    }
   }
   KOGC_DEVICE void insert_value(int r) {
     if (r >= 16 || r / ROWS != sixteen()) return;
-    const u32 keep = r % 2 ? 0x0000ffffu : 0xffff0000u;
-    KOGC_UNROLL for (int i = 0; i < LOADS; i++) KOGC_UNROLL for (int group = 0; group < GROUPS; group++) {
-      const u32 v = (u32)new_value()[(i * GROUPS + group) * 16 + column()] << r % 2 * 16;
-      KOGC_UNROLL for (int pair = 0; pair < ROWS / 2; pair++) {
-        u32& w = v_[i].slice[group].w[pair];
-        if (pair == r % ROWS / 2) w = (w & keep) | v;
-      }
+    KOGC_UNROLL for (int i = 0; i < LOADS; i++)
+      KOGC_UNROLL for (int group = 0; group < GROUPS; group++)
+        replace_value(v_[i], group, new_value()[(i * GROUPS + group) * 16 + column()], r);
+  }
+  static KOGC_DEVICE void replace_value(Words& words, int group, u32 by, int r) {
+    Values v = bits<Values>(words);
+    KOGC_UNROLL for (int pair = 0; pair < ROWS / 2; pair++) {
+      u32& w = v.slice[group].w[pair];
+      if (pair == r % ROWS / 2) w = replaced(w, by, r % 2 * 16, 0xffff);
     }
+    words = bits<Words>(v);
+  }
+  static KOGC_DEVICE void replace_value(Quad& v, int group, u32 by, int r) {
+    const int byte = fp8_byte(r % 4) * 8;
+    if (group * ROWS / 4 + r % ROWS / 4 == 0) v.low = replaced(v.low, by, byte);
+    else v.high = replaced(v.high, by, byte);
   }
 
   // Scores of 16 positions: p[i] of position sixteen() * ROWS + i, for head column() % 8.
   KOGC_DEVICE void scores(float (&p)[ROWS], int base, int lowest, int position) {
     Sums c = {};
     const u16* from = queries() + (column() % 8 < HEADS ? column() : 0) * ROW + sixteen() * 8;
-    KOGC_UNROLL for (int i = 0; i < LOADS; i++) multiply_tile<false>(c, k_[i], *(const Words*)(from + i * DEPTH));
+    KOGC_UNROLL for (int i = 0; i < LOADS; i++) multiply_tile<false>(c, operand(k_[i]), *(const Words*)(from + i * DEPTH));
     KOGC_UNROLL for (int i = 0; i < ROWS; i++) {
       const int at = base + sixteen() * ROWS + i;
-      const float score = c.v[i] + neighbour<8>(c.v[i]);
+      float score = c.v[i] + neighbour<8>(c.v[i]);
+      if constexpr (P::KV_FP8) score *= scale(0, i);
       p[i] = at >= lowest && at <= position ? score : LOWEST;
     }
   }
@@ -151,7 +198,7 @@ template <class P> class AttentionCore {
     KOGC_UNROLL for (int i = 0; i < ROWS; i += 2) b.w[i / 2] = pack16(part_of(p[i]), part_of(p[i + 1]));
     KOGC_UNROLL for (int j = 0; j < DIM / 16; j++) {
       KOGC_UNROLL for (int i = 0; i < ROWS; i++) o_[j].v[i] *= keep;
-      multiply_positions(o_[j], v_[j / GROUPS].slice[j % GROUPS], b);
+      multiply_positions(o_[j], bits<Values>(operand(v_[j / GROUPS])).slice[j % GROUPS], b);
     }
   }
   static KOGC_DEVICE u16 part_of(float p) {
@@ -159,15 +206,8 @@ template <class P> class AttentionCore {
     return column() < 8 ? coarse : float_to_bf16(p - bf16_to_float(coarse));
   }
 
-  struct alignas(16) Values {
-    Slice slice[GROUPS];
-    KOGC_DEVICE Values& operator=(const Words& w) {
-      *this = bits<Values>(w);
-      return *this;
-    }
-  };
-  Words k_[LOADS];
-  Values v_[LOADS];
+  Piece<P> k_[LOADS], v_[LOADS];
+  u32 scales_[2][ROWS / 4] = {};  // exponents of four positions each: of keys, of values
   Sums o_[DIM / 16] = {};  // 16 dimensions each: sixteen() * ROWS + i, for column()
   float maximum_ = LOWEST, sum_ = 0;  // of head column() % 8; the sum over this lane's positions only
 };
