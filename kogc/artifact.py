@@ -20,12 +20,12 @@ from types import TracebackType
 from typing import Any
 
 from .errors import KogcError
-from .plan.plan import Knobs, Plan
+from .plan.plan import KV_DTYPES, Knobs, Plan
 from .profile import GpuProfile, Measured
 from .spec import ModelSpec, Rope, RopeScaling
 
 FORMAT = "kogc-artifact"
-SCHEMA = 2
+SCHEMA = 3
 MANIFEST = "manifest.json"
 BINARY = "monokernel.bin"
 WEIGHTS = "weights.bin"
@@ -80,6 +80,7 @@ class Manifest:
 
     tools: version of the compiler by its name (`nvrtc`: `13.0`). entry_points: symbols of the binary by
     purpose (`generate`, `fill`). hub: org/name@commit of a checkpoint from the hub. threads: of a block.
+    kv_dtype: of the KV cache, `bf16` or `fp8`.
     """
 
     kogc: str
@@ -100,6 +101,7 @@ class Manifest:
     weights: Weights
     weights_bytes: int
     slab_bytes: int
+    kv_dtype: str
     kv_bytes: int
     exchange_bytes: int
     max_context: int
@@ -116,7 +118,9 @@ class Manifest:
 
     def plan(self) -> Plan:
         """The plan the artifact was built from; KogcError where this kogc would lay it out differently."""
-        plan = Plan(self.spec, self.profile, self.knobs, self.blocks, self.max_context, self.notes)
+        plan = Plan(
+            self.spec, self.profile, self.knobs, self.blocks, self.max_context, self.notes, kv_dtype=self.kv_dtype
+        )
         theirs = (self.slab_bytes, self.kv_bytes, self.exchange_bytes)
         if theirs != (plan.slab_bytes, plan.kv_bytes, plan.exchanges.bytes):
             raise KogcError(f"{MANIFEST}: laid out by kogc {self.kogc} in another way; rebuild the artifact")
@@ -189,6 +193,8 @@ def _from_json(body: dict[str, Any]) -> Manifest:
     for key in ("blocks", "threads", "shared_memory", "weights_bytes", "slab_bytes", "kv_bytes", "max_context"):
         if type(values[key]) is not int or values[key] < 0:
             raise ValueError(f"{key} is not a size")
+    if values["kv_dtype"] not in KV_DTYPES:
+        raise ValueError(f"kv_dtype {values['kv_dtype']!r}")
     return Manifest(**values)
 
 

@@ -180,6 +180,7 @@ def _result(
         "blocks": plan.blocks,
         "knobs": asdict(plan.knobs),
         "max_context": plan.max_context,
+        "kv_dtype": plan.kv_dtype,
         "repeat": repeat,
         "ceiling_bytes_per_second": ceiling,
         "tests": [asdict(speed) for speed in speeds],
@@ -193,7 +194,7 @@ def _row(result: dict[str, Any], speed: dict[str, Any]) -> tuple[str, ...]:
     error = checks[-1 if prompt else 0]["relative_error"]
     model = result["model"] + (" (dummy)" if result["dummy_weights"] else "")
     return (
-        f"{model} {result['dtype']}",
+        f"{model} {result['dtype']}" + (" KV fp8" if result["kv_dtype"] == "fp8" else ""),
         f"{result['weight_bytes'] / 1e9:.2f} GB",
         f"{result['gpu']} x{result['blocks']}",
         speed["test"],

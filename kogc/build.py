@@ -66,6 +66,7 @@ class BuildOptions:
     weights_by_reference: bool = False
     dump_source: Path | None = None
     dry_run: bool = False
+    kv_dtype: str = "bf16"  # of the KV cache
     knobs: Knobs | None = None  # None: those tuned for this shape and GPU, else the defaults
 
 
@@ -96,6 +97,7 @@ class BuildResult:
             "gpu": self.plan.profile.name,
             "blocks": self.plan.blocks,
             "max_context": self.plan.max_context,
+            "kv_dtype": self.plan.kv_dtype,
             "out": None if self.out is None else str(self.out),
             "up_to_date": self.up_to_date,
             "source_bytes": self.source_bytes,
@@ -112,6 +114,7 @@ def prepare(
     blocks: int | None = None,
     knobs: Knobs | None = None,
     tuned: bool = True,
+    kv_dtype: str = "bf16",
 ) -> Prepared:
     """Find the model, make its plan and check it; `gpu` is a profile's name or file, or `auto` for this machine.
 
@@ -122,25 +125,23 @@ def prepare(
     notes = [note] if note else []
     source = find_model(model)
     if profile.target != "cpu":
-        options = Options(max_context, blocks, knobs)
-        if tuned:
-            options = _tuned_options(source.spec, profile, Options(max_context, blocks), knobs)
+        options = Options(max_context, blocks, knobs, kv_dtype)
+        if tuned and knobs is None:
+            options = _tuned_options(source.spec, profile, options)
         plan = _checked_plan(source.spec, profile, options)
     else:
         # A CPU's size is a fact of the machine at hand: it decides the plan, but the profile is kept as it is.
         here = replace(profile, memory_bytes=profile.memory_bytes or _machine_memory())
-        options = Options(max_context, blocks, knobs)
+        options = Options(max_context, blocks, knobs, kv_dtype)
         plan = replace(_checked_plan(source.spec, here, options), profile=profile)
     return Prepared(source, plan, (*notes, *source.notes, *plan.notes))
 
 
-def _tuned_options(spec: ModelSpec, profile: GpuProfile, options: Options, knobs: Knobs | None) -> Options:
-    """The options with the knobs given, else those found by the tuner for this very number of blocks."""
-    if knobs is not None:
-        return replace(options, knobs=knobs)
+def _tuned_options(spec: ModelSpec, profile: GpuProfile, options: Options) -> Options:
+    """The options with the knobs found by the tuner, if they are for this very number of blocks."""
     from .tuned import tuned_for
 
-    tuned = tuned_for(spec, profile)
+    tuned = tuned_for(spec, profile, options.kv_dtype)
     if tuned is None or options.blocks not in (None, tuned.setting.blocks):
         return options
     return replace(options, blocks=tuned.setting.blocks, knobs=tuned.setting.knobs)
@@ -175,7 +176,7 @@ def build(model: str, gpu: str, out: Path | None, options: BuildOptions = BuildO
     """Build an artifact at `out` (see BuildOptions). KogcError or UsageError for all that the user can change."""
     started = time.monotonic()
     _check_options(out, options)
-    prepared = prepare(model, gpu, options.max_context, options.blocks, options.knobs)
+    prepared = prepare(model, gpu, options.max_context, options.blocks, options.knobs, kv_dtype=options.kv_dtype)
     _check_weights(model, prepared, options)
     from .render import render
 
@@ -339,6 +340,7 @@ class _Job:
             weights=weights,
             weights_bytes=total_bytes(plan),
             slab_bytes=plan.slab_bytes,
+            kv_dtype=plan.kv_dtype,
             kv_bytes=plan.kv_bytes,
             exchange_bytes=plan.exchanges.bytes,
             max_context=plan.max_context,

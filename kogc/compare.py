@@ -24,8 +24,8 @@ LIMITS = {"bf16": 1e-2, "fp16": 3e-3}
 # Random models amplify rounding, the more so over a random cache (measured: 2e-2 at depth 500 in BF16, where a single
 # lost position gives 1e-1). Beyond LIMITS, an error may be this many times what rounding does to the reference itself.
 ROUNDING = 2.0
-# Of a key or value in an FP8 cache, relative to its length: what rounding to four bits of mantissa can make of it, beside
-# what any kernel's may differ by.
+# Of a key or value in an FP8 cache, relative to its length: what rounding to four bits of mantissa can make of it,
+# beside what any kernel's may differ by.
 FP8_LIMIT = 2.0**-4 + 1e-2
 DECIDED = 4.0  # the reference's choice counts where its top two differ by more than this many largest errors
 

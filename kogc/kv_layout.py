@@ -1,7 +1,8 @@
 """The inner layout of the KV cache: chunks of 128 positions, in the order in which the target's attention reads them.
 
-A chunk is 2 * 128 * head_dim BF16 patterns, or E4M3 codes and 2 * 128 exponents (`kv_numbers`). On `cpu` it is K [128][head_dim], then V the same. On GPUs it is eight
-tiles of 16 positions, each K and then V in the order in which operands of matrix instructions lie in lanes. On `cuda`:
+A chunk is 2 * 128 * head_dim BF16 patterns, or as many E4M3 codes and 2 * 128 exponents (`kv_numbers`). On `cpu` it is
+K [128][head_dim], then V the same. On GPUs it is eight tiles of 16 positions, each K and then V in the order in which
+operands of matrix instructions lie in lanes. On `cuda`:
 
 K [head_dim / 16][32 lanes][8 elements]: position r and dimension d of 16 belong to lane (r % 8) * 4 + d // 4 as element
 d % 4 // 2 * 4 + r // 8 * 2 + d % 2.
@@ -13,9 +14,9 @@ On `hip`, where a lane of 64 (of 32) holds n = 4 (8) positions of the operand in
 K [head_dim / 8][16 positions][8 dimensions].
 V [head_dim / 16 * n / 8][16 / n][16 dimensions of a group][8 / n groups][n positions].
 
-In FP8 the same, but on GPUs the middle two of every four codes change places, so that a word's even and odd bytes are two
-pairs of neighbours; and exponents follow the values: on `cpu` those of 128 keys, then of the values, on GPUs behind each
-tile. There, on `hip`, [16 keys][16 values]; on `cuda` [r % 8][key, value][r // 8]: four bytes for a lane.
+In FP8 the same, but on GPUs the middle two of every four codes change places, so that a word's even and odd bytes are
+two pairs of neighbours; and exponents follow the values: on `cpu` those of 128 keys, then of the values, on GPUs behind
+each tile. There, on `hip`, [16 keys][16 values]; on `cuda` [r % 8][key, value][r // 8]: four bytes for a lane.
 """
 
 from __future__ import annotations
@@ -86,7 +87,10 @@ def pack_kv(plan: Plan, target: str, keys: F32, values: F32) -> Bytes:
             plain[which, : len(vectors)], exponents[which, : len(vectors)] = to_fp8(vectors)
         else:
             plain[which, : len(vectors)] = to_bf16(vectors)
-    parts = [_ordered(plan, target, which, half).reshape(chunks, tiles, -1).view(np.uint8) for which, half in enumerate(plain)]
+    parts = [
+        _ordered(plan, target, which, half).reshape(chunks, tiles, -1).view(np.uint8)
+        for which, half in enumerate(plain)
+    ]
     if fp8:
         if target == "cuda":
             scales = exponents.reshape(2, chunks, tiles, 2, 8).transpose(SCALES_TO_CUDA)

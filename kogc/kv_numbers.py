@@ -1,9 +1,9 @@
 """The numbers of the KV cache, in numpy: BF16, or E4M3 with a power of two for each key and each value.
 
-templates/common/fp8.h does the same on the device. A vector is divided by the power of two that brings its largest number
-to 128 .. 256, and rounded to E4M3 (finite; 8 bits with 3 of mantissa; to nearest, ties to even). The power is kept as a
-byte, E8M0: a number is worth E4M3 * 2^(byte - 127). So nothing saturates and only what is 2^13 times smaller than the
-vector's largest number is subnormal, whatever the range of a model's keys.
+templates/common/fp8.h does the same on the device. A vector is divided by the power of two that brings its largest
+number to 128 .. 256, and rounded to E4M3 (finite; 8 bits with 3 of mantissa; to nearest, ties to even). The power is
+kept as a byte, E8M0: a number is worth E4M3 * 2^(byte - 127). So nothing saturates and only what is 2^13 times smaller
+than the vector's largest number is subnormal, whatever the range of a model's keys.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ DECODED = np.array(
 def to_fp8(x: F32) -> tuple[Bytes, Bytes]:
     """(E4M3 codes of the shape of x, exponents of x.shape[:-1]): each vector along the last axis has its own power."""
     magnitude = np.abs(np.ascontiguousarray(x, np.float32)).max(axis=-1)
-    exponents = np.clip((magnitude.view(np.uint32) >> 23).astype(np.int32) - TOP, 1, MOST_EXPONENT)
+    exponents = np.clip(np.frexp(magnitude)[1] - 1 + BIAS - TOP, 1, MOST_EXPONENT)
     return to_e4m3(np.ldexp(x, BIAS - exponents[..., None])), exponents.astype(np.uint8)
 
 
@@ -43,8 +43,8 @@ def to_e4m3(x: F32) -> Bytes:
     words = np.ascontiguousarray(x, np.float32).view(np.uint32)
     sign, words = words >> 24 & 0x80, words & 0x7FFFFFFF
     magnitude = np.minimum(words.view(np.float32), LARGEST)
-    words = magnitude.view(np.uint32)
-    normal = (words + 0x7FFFF + (words >> 20 & 1) >> 20) - (120 << 3)
+    bounded = magnitude.view(np.uint32)
+    normal = (bounded + 0x7FFFF + (bounded >> 20 & 1) >> 20) - (120 << 3)
     subnormal = (magnitude + SUBNORMAL_SHIFT).view(np.uint32) - SUBNORMAL_SHIFT.view(np.uint32)
     codes: Bytes = (sign | np.where(magnitude < SMALLEST_NORMAL, subnormal, normal)).astype(np.uint8)
     return codes

@@ -34,6 +34,7 @@ def phase_table(plan: Plan) -> dict[str, Any]:
         "passes": _passes(plan.passes) if plan.passes else None,
         "cpu_passes": _cpu_passes(plan.cpu_passes) if plan.cpu_passes else None,
         "slab_bytes": plan.slab_bytes,
+        "kv_dtype": plan.kv_dtype,
         "kv_cache_bytes": plan.kv_bytes,
         "per_token": [_token_cost(plan, depth) for depth in DEPTHS if depth < plan.max_context],
         "ceiling": {"bandwidth": plan.profile.ceiling, "how": _ceiling_source(plan)},

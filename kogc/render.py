@@ -20,8 +20,8 @@ PASSES = (  # left out where a block's memory does not hold a pass of many token
 # Where a header of the generated source is found, in the order of inclusion; `{target}` is the target's directory.
 HEADERS = {
     "cuda": (
-        "common/args.h", "cuda/machine.cuh", "cuda/bulk_copies.cuh", "common/spin.h", "common/numbers.h", "common/fp8.h",
-        "common/exchange.h", "common/partition.h", "common/cache.h", "common/words.h", "common/trace.h",
+        "common/args.h", "cuda/machine.cuh", "cuda/bulk_copies.cuh", "common/spin.h", "common/numbers.h",
+        "common/fp8.h", "common/exchange.h", "common/partition.h", "common/cache.h", "common/words.h", "common/trace.h",
         "cuda/stream.cuh", "cuda/matvec.cuh", "common/residual.h", "cuda/attention.cuh",
         "common/attention.h", "common/splits.h", "common/random.h", "common/choice.h", "common/logprobs.h",
         "common/threshold.h", "common/shortlist.h", "common/sampling.h", "common/decoder.h", "cuda/kernels.cuh",

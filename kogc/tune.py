@@ -134,6 +134,7 @@ class Bench:
     scratch: Path
     start: Knobs  # whose logits every variant's are compared with
     device: int = 0
+    kv_dtype: str = "bf16"
     refused: dict[Setting, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -167,7 +168,7 @@ class Bench:
         for setting in [*settings, *plain]:
             if setting not in self._builds:
                 model, gpu, context = self.model, self.gpu, self.max_context
-                self._builds[setting] = self._pool.submit(compile_variant, model, gpu, context, setting)
+                self._builds[setting] = self._pool.submit(compile_variant, model, gpu, context, setting, self.kv_dtype)
 
     def measure(self, settings: Sequence[Setting], repeats: int = REPEATS) -> list[Rate]:
         """Tokens per second of each setting, the median of runs in turns; None for one that is refused."""
@@ -220,7 +221,8 @@ class Bench:
             artifact = self.scratch / f"blocks-{blocks}"
             self._compile([plain := Setting(blocks, self.start)])
             self._builds[plain].result()  # from here on in the build cache
-            build(self.model, self.gpu, artifact, BuildOptions(self.max_context, blocks, True, knobs=self.start))
+            options = BuildOptions(self.max_context, blocks, True, kv_dtype=self.kv_dtype, knobs=self.start)
+            build(self.model, self.gpu, artifact, options)
             runtime = self._runtimes[blocks] = load(artifact, self.device, sampling=GREEDY).runtime
             self._plain[blocks] = self._logits(runtime)
             runtime.fill_kv(self.depth)
@@ -265,13 +267,13 @@ class Bench:
         return result
 
 
-def compile_variant(model: str, gpu: str, max_context: int, setting: Setting) -> Variant | str:
+def compile_variant(model: str, gpu: str, max_context: int, setting: Setting, kv_dtype: str = "bf16") -> Variant | str:
     """Plan and binary of a setting, or why there is none: text passes between processes unchanged."""
     from .render import render
     from .targets import compile_binary
 
     try:
-        plan = prepare(model, gpu, max_context, setting.blocks, setting.knobs).plan
+        plan = prepare(model, gpu, max_context, setting.blocks, setting.knobs, kv_dtype=kv_dtype).plan
         return plan, compile_binary(render(plan), plan)
     except KogcError as error:
         return str(error)
@@ -312,6 +314,7 @@ def run_tune(
     budget: float = 300.0,
     depth: int = 128,
     report: Callable[[Step], None] = lambda step: None,
+    kv_dtype: str = "bf16",
 ) -> Outcome:
     """Search from the default knobs for `budget` seconds, and write the winner (to its place for builds, or `out`).
 
@@ -320,12 +323,12 @@ def run_tune(
     """
     started = time.monotonic()
     context = depth + 1 + TOKENS
-    plan = prepare(model, gpu, context, tuned=False).plan
+    plan = prepare(model, gpu, context, tuned=False, kv_dtype=kv_dtype).plan
     gpu = plan.profile.name if plan.profile.name in list_profiles() and gpu == "auto" else gpu
     start = Setting(plan.blocks, plan.knobs)
     with (
         tempfile.TemporaryDirectory(prefix="kogc-tune-") as scratch,
-        Bench(model, gpu, depth, context, Path(scratch), start.knobs) as bench,
+        Bench(model, gpu, depth, context, Path(scratch), start.knobs, kv_dtype=kv_dtype) as bench,
     ):
         candidates = candidates_for(plan.profile, start)
         search = Search(candidates, bench.measure, bench.ahead, started + budget, report)
@@ -340,7 +343,7 @@ def run_tune(
     how = f"medians of {FINAL_REPEATS} runs of {TOKENS} tokens in turns, random weights; comparison passed: "
     how += f"relative error {comparison.relative_error:.1e}"
     tuned = Tuned(best, Measurement(plan.spec.name, depth, before, after, share, how))
-    path = out or tuned_file(plan.spec, plan.profile)
+    path = out or tuned_file(plan.spec, plan.profile, kv_dtype)
     write_tuned(path, tuned, plan.spec)
     refused = {setting.changes(start): why for setting, why in bench.refused.items()}
     return Outcome(tuned, start, tuple(search.steps), refused, comparison, path, time.monotonic() - started)

@@ -69,14 +69,19 @@ def shape_key(spec: ModelSpec) -> str:
     return "-".join(f"{a}{getattr(spec, name)}" for a, name in zip(letters, SHAPE, strict=True)) + f"-{spec.dtype}"
 
 
-def tuned_file(spec: ModelSpec, profile: GpuProfile) -> Path:
-    return data_dir("gpu_profiles") / "tuned" / profile.name / f"{shape_key(spec)}.yaml"
+def tuned_file(spec: ModelSpec, profile: GpuProfile, kv_dtype: str = "bf16") -> Path:
+    suffix = "" if kv_dtype == "bf16" else f"-kv-{kv_dtype}"
+    return data_dir("gpu_profiles") / "tuned" / profile.name / f"{shape_key(spec)}{suffix}.yaml"
 
 
-def tuned_for(spec: ModelSpec, profile: GpuProfile) -> Tuned | None:
-    """The setting found for this shape on this GPU; None where there is none. KogcError (file:line) for a bad file."""
-    path = tuned_file(spec, profile)
-    return read_tuned(path, spec) if path.is_file() else None
+def tuned_for(spec: ModelSpec, profile: GpuProfile, kv_dtype: str = "bf16") -> Tuned | None:
+    """The setting found for this shape on this GPU; None where there is none. KogcError (file:line) for a bad file.
+
+    With another cache than BF16's what was found for BF16 serves too, where nothing was found for that cache.
+    """
+    paths = (tuned_file(spec, profile, kind) for kind in (kv_dtype, "bf16"))
+    path = next((path for path in paths if path.is_file()), None)
+    return None if path is None else read_tuned(path, spec)
 
 
 def knobs_for(spec: ModelSpec, profile: GpuProfile) -> Knobs | None:

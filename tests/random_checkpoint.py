@@ -85,15 +85,13 @@ class Fp8Cache(transformers.DynamicCache):  # type: ignore[misc]
 
 
 def round_fp8(x: torch.Tensor) -> torch.Tensor:
-    """Each vector divided by the power of two that brings its largest number to 128 .. 256, rounded, multiplied again."""
+    """Each vector divided by the power of two that brings its largest number to 128 .. 256, rounded, and restored."""
     wide = x.float()
     power = torch.exp2(torch.floor(torch.log2(wide.abs().amax(-1, keepdim=True).clamp(2.0**-119))) - 7)
     return ((wide / power).to(torch.float8_e4m3fn).float() * power).to(x.dtype)
 
 
-def reference_logits(
-    path: Path, tokens: list[int], dtype: torch.dtype = torch.float32, kv_dtype: str = "bf16"
-) -> Any:
+def reference_logits(path: Path, tokens: list[int], dtype: torch.dtype = torch.float32, kv_dtype: str = "bf16") -> Any:
     """Logits of transformers for every position, float32 numpy [tokens, vocab]; `bf16` rounds no keys and values."""
     cache = Fp8Cache() if kv_dtype == "fp8" else None
     with torch.no_grad():

@@ -140,7 +140,7 @@ def test_missing_or_short_file_is_seen_without_hashing(copy: Path, name: str) ->
 
 def test_another_schema_says_rebuild(copy: Path) -> None:
     edit(copy, lambda body: body.update(schema=99, kogc="9.9"))
-    with pytest.raises(KogcError, match=r"schema 99, by kogc 9\.9; this kogc reads schema 2: rebuild"):
+    with pytest.raises(KogcError, match=r"schema 99, by kogc 9\.9; this kogc reads schema 3: rebuild"):
         read_manifest(copy)
 
 

@@ -51,6 +51,13 @@ def _knobs(words: tuple[str, ...]) -> Knobs | None:
 @click.option("--dummy-weights", is_flag=True, help="Build the model with random weights for this run.")
 @click.option("--max-context", type=click.IntRange(min=1), metavar="N", help="Longest context of that build.")
 @click.option("--blocks", type=click.IntRange(min=1), metavar="N", help="Number of blocks of that build.")
+@click.option(
+    "--kv-dtype",
+    type=click.Choice(["bf16", "fp8"]),
+    default="bf16",
+    show_default=True,
+    help="Of that build's KV cache.",
+)
 @click.option("--knob", "knobs", multiple=True, metavar="NAME=N", help="A knob of that build; the rest: defaults.")
 @click.option("-n", "count", type=click.IntRange(min=1), default=128, show_default=True, help="Tokens to generate.")
 @click.option("-d", "depths", default="0,512,4096", show_default=True, callback=_depths, help="Context depths.")
@@ -67,6 +74,7 @@ def command(
     dummy_weights: bool,
     max_context: int | None,
     blocks: int | None,
+    kv_dtype: str,
     knobs: tuple[str, ...],
     count: int,
     depths: list[int],
@@ -105,7 +113,7 @@ def command(
     else:
         with tempfile.TemporaryDirectory(prefix="kogc-bench-") as directory:
             out = Path(directory) / "artifact"
-            build(model, gpu, out, BuildOptions(max_context, blocks, True, knobs=_knobs(knobs)))
+            build(model, gpu, out, BuildOptions(max_context, blocks, True, kv_dtype=kv_dtype, knobs=_knobs(knobs)))
             _measure(out, asked, as_json, **chosen)
 
 

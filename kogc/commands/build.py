@@ -13,6 +13,9 @@ import click
 @click.option("-o", "out", type=click.Path(path_type=Path), help="Directory of the artifact.")
 @click.option("--max-context", type=click.IntRange(min=1), metavar="N", help="Longest context in tokens.")
 @click.option("--blocks", type=click.IntRange(min=1), metavar="N", help="Number of blocks (cpu: threads).")
+@click.option(
+    "--kv-dtype", type=click.Choice(["bf16", "fp8"]), default="bf16", show_default=True, help="Of the KV cache."
+)
 @click.option("--dummy-weights", is_flag=True, help="Random weights, made on the device: for benchmarks.")
 @click.option("--weights-by-reference", is_flag=True, help="Pack the weights at load, from where they are now.")
 @click.option("--dump-source", type=click.Path(path_type=Path), metavar="DIR", help="Write the rendered source here.")
@@ -24,6 +27,7 @@ def command(
     out: Path | None,
     max_context: int | None,
     blocks: int | None,
+    kv_dtype: str,
     dummy_weights: bool,
     weights_by_reference: bool,
     dump_source: Path | None,
@@ -34,7 +38,7 @@ def command(
     from ..build import BuildOptions, build
     from .output import emit_json, remark, size
 
-    options = BuildOptions(max_context, blocks, dummy_weights, weights_by_reference, dump_source, dry_run)
+    options = BuildOptions(max_context, blocks, dummy_weights, weights_by_reference, dump_source, dry_run, kv_dtype)
     result = build(model, gpu, out, options)
     if as_json:
         emit_json(result.to_json())
@@ -43,6 +47,8 @@ def command(
         remark(note)
     plan = result.plan
     what = f"{plan.spec.name} for {plan.profile.name}, {plan.blocks} blocks, context {plan.max_context:,}"
+    if plan.kv_dtype != "bf16":
+        what += f", KV cache in {plan.kv_dtype.upper()}"
     if result.out is None:
         click.echo(f"{what}: source {size(result.source_bytes)} (dry run: nothing written)")
     elif result.up_to_date:

@@ -45,7 +45,10 @@ def _facts(manifest: Manifest) -> list[tuple[str, str]]:
         ("built for", f"{manifest.profile.name} ({manifest.target}, {manifest.arch}{where})"),
         ("built by", f"kogc {manifest.kogc}, {tools}"),
         ("launch", f"{manifest.blocks} blocks of {manifest.threads} threads, {size(manifest.shared_memory)} shared"),
-        ("context", f"{manifest.max_context:,} tokens, KV cache {size(manifest.kv_bytes)}"),
+        (
+            "context",
+            f"{manifest.max_context:,} tokens, KV cache {size(manifest.kv_bytes)} in {manifest.kv_dtype.upper()}",
+        ),
         ("weights", f"{manifest.weights.kind}, {size(manifest.weights_bytes)}" + (f", {source}" if source else "")),
         ("stop tokens", ", ".join(map(str, manifest.stop_tokens)) or "none"),
     ]

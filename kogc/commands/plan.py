@@ -12,14 +12,17 @@ import click
 @click.option("--gpu", default="auto", show_default=True, help="Profile (see `kogc gpus`), or auto.")
 @click.option("--max-context", type=click.IntRange(min=1), metavar="N", help="Longest context in tokens.")
 @click.option("--blocks", type=click.IntRange(min=1), metavar="N", help="Number of blocks.")
+@click.option(
+    "--kv-dtype", type=click.Choice(["bf16", "fp8"]), default="bf16", show_default=True, help="Of the KV cache."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def command(model: str, gpu: str, max_context: int | None, blocks: int | None, as_json: bool) -> None:
+def command(model: str, gpu: str, max_context: int | None, blocks: int | None, kv_dtype: str, as_json: bool) -> None:
     """Show how the work of MODEL (checkpoint, spec or hub id) is cut, and what a token costs."""
     from ..build import prepare
     from ..phase_table import phase_table
     from .output import emit_json, remark
 
-    prepared = prepare(model, gpu, max_context, blocks)
+    prepared = prepare(model, gpu, max_context, blocks, kv_dtype=kv_dtype)
     data = phase_table(prepared.plan)
     if as_json:
         emit_json(data)
@@ -34,10 +37,11 @@ def _head(data: dict[str, Any]) -> str:
     from .output import size
 
     attention = data["attention"]
+    cache = f"{size(data['kv_cache_bytes'])} in {data['kv_dtype'].upper()}"
     return (
         f"{data['model']} on {data['gpu']} ({data['target']}, {data['arch']}): {data['blocks']} blocks, "
         f"{data['layers']} layers, context {data['max_context']:,}\n"
-        f"slab {size(data['slab_bytes'])} a block, KV cache {size(data['kv_cache_bytes'])}\n"
+        f"slab {size(data['slab_bytes'])} a block, KV cache {cache}\n"
         f"attention: {attention['units']} units of {attention['heads_per_block']} query heads, "
         f"the context of each shared by {attention['splits']} blocks"
     )

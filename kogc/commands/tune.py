@@ -13,8 +13,11 @@ import click
 @click.option("-o", "out", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE", help="Write it here.")
 @click.option("--budget", type=click.FloatRange(min=0), default=300.0, show_default=True, help="Seconds of search.")
 @click.option("--depth", type=click.IntRange(min=0), default=128, show_default=True, help="Context depth to tune at.")
+@click.option(
+    "--kv-dtype", type=click.Choice(["bf16", "fp8"]), default="bf16", show_default=True, help="Of the KV cache."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def command(model: str, gpu: str, out: Path | None, budget: float, depth: int, as_json: bool) -> None:
+def command(model: str, gpu: str, out: Path | None, budget: float, depth: int, kv_dtype: str, as_json: bool) -> None:
     """Time variants of a model's kernel, with random weights, and keep the fastest that computes the same.
 
     Without -o the result is written beside the GPU profiles, where builds of the same shape for the same GPU find it.
@@ -26,7 +29,7 @@ def command(model: str, gpu: str, out: Path | None, budget: float, depth: int, a
         rates = ", ".join(f"{value}: {'refused' if r is None else f'{r:.1f}'}" for value, r in step.rates.items())
         click.echo(f"{step.name}: {rates} t/s; kept {step.kept}", err=True)
 
-    outcome = run_tune(model, gpu, out, budget, depth, report)
+    outcome = run_tune(model, gpu, out, budget, depth, report, kv_dtype)
     if as_json:
         emit_json(outcome.to_json())
         return

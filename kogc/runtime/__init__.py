@@ -328,7 +328,7 @@ class Runtime(ABC):
         if plan.kv_dtype == "fp8":
             random = random_chunks(plan, chunks + heads)
             for head in range(heads):
-                self.write_kv(head * each, memoryview(random[head : head + chunks].reshape(-1)))
+                self.write_kv(head * each, memoryview(random[head : head + chunks].tobytes()))
             return
         for head in range(heads):
             self._fill("kv", head * each, chunks * plan.chunk_bytes // 2, 1000 + head, 1.0, fp16=False)
