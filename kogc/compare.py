@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
+from collections import deque
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from .checkpoint import F32, convert, to_float32
 from .errors import KogcError
@@ -16,6 +20,7 @@ from .plan.plan import CHUNK
 from .reference import KeyValue, Reference
 from .runtime import Request, Result, Runtime
 
+THREADS = 8  # that unpack what is read of a cache
 POSITIONS = 16  # teacher-forced from depth 0
 NEW_TOKENS = 16  # generated after them, for the test that two runs agree
 # Relative L2 error of a position's logits: the kernel rounds activations to the weights' type where the usual
@@ -262,18 +267,28 @@ def _stored(runtime: Runtime, start: int, count: int) -> list[KeyValue] | None:
 def _cached(runtime: Runtime, start: int, count: int) -> list[KeyValue]:
     """Keys and values as the device holds them: float32 [kv_heads, count, head_dim] each, of each layer."""
     plan = runtime.plan
+    heads = plan.spec.kv_heads
     first, end = start // CHUNK, -(-(start + count) // CHUNK)
     inside = slice(start - first * CHUNK, start - first * CHUNK + count)
-    layers = []
-    for layer in range(plan.spec.layers):
-        heads = []
-        for head in range(plan.spec.kv_heads):
-            chunk = (layer * plan.spec.kv_heads + head) * plan.chunks + first
-            raw = runtime.download("kv", chunk * plan.chunk_bytes, (end - first) * plan.chunk_bytes)
-            keys, values = unpack_kv(plan, plan.target, raw, inside.stop)
-            heads.append((keys[inside], values[inside]))
-        layers.append((np.stack([k for k, _ in heads]), np.stack([v for _, v in heads])))
-    return layers
+    shape = (plan.spec.layers, 2, heads, count, plan.spec.head_dim)
+    out = np.empty(shape, np.float32)
+
+    def unpack(head: int, raw: NDArray[np.uint8]) -> None:
+        both = unpack_kv(plan, plan.target, raw, inside.stop)
+        for which, vectors in enumerate(both):
+            out[head // heads, which, head % heads] = vectors[inside]
+
+    with ThreadPoolExecutor(min(THREADS, os.cpu_count() or 1)) as pool:
+        waiting: deque[Future[None]] = deque()
+        for head in range(plan.spec.layers * heads):
+            offset = (head * plan.chunks + first) * plan.chunk_bytes
+            raw = runtime.download("kv", offset, (end - first) * plan.chunk_bytes)
+            waiting.append(pool.submit(unpack, head, raw))
+            if len(waiting) > THREADS:
+                waiting.popleft().result()
+        for future in waiting:
+            future.result()
+    return [(keys, values) for keys, values in out]
 
 
 def _relative(ours: F32, exact: F32) -> float:

@@ -18,6 +18,7 @@ Bytes = npt.NDArray[np.uint8]
 TOP = 7  # log2 of what the largest number of a vector becomes at least
 MOST_EXPONENT = 194
 BIAS = 127
+POWERS = np.exp2(np.minimum(np.arange(256) - BIAS, BIAS)).astype(np.float32)  # what an exponent stands for
 LARGEST = np.float32(448)
 SMALLEST_NORMAL = np.float32(2.0**-6)
 SUBNORMAL_SHIFT = np.float32(2.0**14)  # beside it FP32 keeps multiples of 2^-9
@@ -34,15 +35,15 @@ DECODED = np.array(
 def to_fp8(x: F32) -> tuple[Bytes, Bytes]:
     """(E4M3 codes of the shape of x, exponents of x.shape[:-1]): each vector along the last axis has its own power."""
     magnitude = np.abs(np.ascontiguousarray(x, np.float32)).max(axis=-1)
-    exponents = np.clip(np.frexp(magnitude)[1] - 1 + BIAS - TOP, 1, MOST_EXPONENT)
-    return to_e4m3(np.ldexp(x, BIAS - exponents[..., None])), exponents.astype(np.uint8)
+    exponents = np.clip((magnitude.view(np.uint32) >> 23).astype(np.int32) - TOP, 1, MOST_EXPONENT)
+    return to_e4m3(x * POWERS[2 * BIAS - exponents][..., None]), exponents.astype(np.uint8)
 
 
 def to_e4m3(x: F32) -> Bytes:
     """Codes of float32 numbers, rounded to nearest, ties to even, and saturated."""
-    words = np.ascontiguousarray(x, np.float32).view(np.uint32)
-    sign, words = words >> 24 & 0x80, words & 0x7FFFFFFF
-    magnitude = np.minimum(words.view(np.float32), LARGEST)
+    words: npt.NDArray[np.uint32] = np.ascontiguousarray(x, np.float32).view(np.uint32)
+    sign = words >> 24 & 0x80
+    magnitude: F32 = np.minimum((words & 0x7FFFFFFF).view(np.float32), LARGEST)
     bounded = magnitude.view(np.uint32)
     normal = (bounded + 0x7FFFF + (bounded >> 20 & 1) >> 20) - (120 << 3)
     subnormal = (magnitude + SUBNORMAL_SHIFT).view(np.uint32) - SUBNORMAL_SHIFT.view(np.uint32)
@@ -52,7 +53,8 @@ def to_e4m3(x: F32) -> Bytes:
 
 def from_fp8(codes: Bytes, exponents: Bytes) -> F32:
     """The inverse of `to_fp8`, but for what was rounded off."""
-    out: F32 = np.ldexp(DECODED[codes], exponents[..., None].astype(np.int32) - BIAS)
+    out: F32 = DECODED[codes]
+    out *= POWERS[exponents][..., None]
     return out
 
 

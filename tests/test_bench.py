@@ -18,8 +18,9 @@ from kogc.bench import run_bench
 from kogc.compare import LIMITS, RoundedReference, compare
 from kogc.errors import KogcError, UsageError
 from kogc.kv_layout import pack_kv, unpack_kv
+from kogc.kv_numbers import round_kv
 from kogc.packing import SlabWeights, operands, total_bytes
-from kogc.plan.plan import CHUNK, Options, Plan, make_plan
+from kogc.plan.plan import Options, Plan, make_plan
 from kogc.profile import load_profile
 from kogc.reference import Reference
 from kogc.runtime import Request, Result
@@ -31,6 +32,17 @@ SPEC = ModelSpec(
     sliding_layers=None, rope=Rope(10000.0), dtype="bf16", bos_token=None, eos_tokens=(),
 )  # fmt: skip
 Spoil = Callable[[Request, NDArray[np.float32], int], NDArray[np.float32]]
+
+
+class Fp8Reference(Reference):
+    """The reference as a kernel with an FP8 cache computes: attention sees new keys and values rounded."""
+
+    def _attention(self, stream: Any, layer: int, x: Any, cos_sin: Any, past: Any, stored: Any) -> Any:
+        _, computed = super()._attention(stream, layer, x, cos_sin, past, None)
+        keys, values = (round_kv(vectors[:, -len(x) :], "fp8") for vectors in computed)
+        out, _ = super()._attention(stream, layer, x, cos_sin, past, (keys, values))
+        before = [np.empty_like(keys[:, :0])] * 2 if past is None else past
+        return out, tuple(np.concatenate(pair, axis=1) for pair in zip(before, (keys, values), strict=True))
 
 
 class NumpyRuntime:
@@ -50,11 +62,13 @@ class NumpyRuntime:
         self.weights = (values.view(np.uint32) >> 16).astype(np.uint16).view(np.uint8)
         place = operands(plan)[-1]
         self.weights[place.offset : place.offset + place.bytes] = rope.inv_freq(plan.spec).view(np.uint8)
-        self.kv = np.zeros(plan.kv_bytes // 2, np.uint16)
-        self.reference = Reference(plan.spec, SlabWeights(plan, lambda at, n: self.weights[at : at + n].tobytes()))
+        self.kv = np.zeros(plan.kv_bytes, np.uint8)
+        self.spoil_cache = lambda keys, values: (keys, values)
+        kernel = Fp8Reference if plan.kv_dtype == "fp8" else Reference
+        self.reference = kernel(plan.spec, SlabWeights(plan, lambda at, n: self.weights[at : at + n].tobytes()))
 
     def download(self, name: str, offset: int, count: int) -> NDArray[np.uint8]:
-        memory = {"weights": self.weights, "kv": self.kv.view(np.uint8)}[name]
+        memory = {"weights": self.weights, "kv": self.kv}[name]
         return np.array(memory[offset : offset + count])
 
     def fill_kv(self, positions: int) -> None:
@@ -73,7 +87,7 @@ class NumpyRuntime:
         exact, cache = self.reference.forward(request.prompt, past)
         pairs = [(k, v) for keys, values in cache for k, v in zip(keys, values, strict=True)]
         for head, (k, v) in zip(self._heads(), pairs, strict=True):
-            packed = pack_kv(self.plan, self.plan.target, k, v)
+            packed = pack_kv(self.plan, self.plan.target, *self.spoil_cache(k, v))
             head[: len(packed)] = packed
         logits = self.spoil(request, exact, self.launches)
         token = int(logits[-1].argmax()) ^ self.wrong_token
@@ -84,12 +98,12 @@ class NumpyRuntime:
 
     def _heads(self) -> Iterator[Any]:
         count = self.plan.spec.layers * self.plan.spec.kv_heads
-        yield from self.kv.reshape(count, -1, 2 * CHUNK * self.plan.spec.head_dim)
+        yield from self.kv.reshape(count, -1, self.plan.chunk_bytes)
 
 
-def make_runtime(target: str = "cpu", spec: ModelSpec = SPEC) -> Any:
+def make_runtime(target: str = "cpu", spec: ModelSpec = SPEC, kv_dtype: str = "bf16") -> Any:
     profile = load_profile({"cuda": "h200-sxm", "cpu": "cpu-avx2"}[target])
-    return NumpyRuntime(make_plan(spec, profile, Options(blocks=3)))
+    return NumpyRuntime(make_plan(spec, profile, Options(blocks=3, kv_dtype=kv_dtype)))
 
 
 @pytest.fixture
@@ -120,6 +134,34 @@ def test_the_model_itself_passes(target: str, window: int | None) -> None:
     # Only a cache that a prompt wrote is rounded.
     assert all(d.relative_error < (5e-3 if d.in_passes else 1e-5) for d in found.depths)
     assert sum(d.decided for d in found.depths) >= 15
+
+
+@pytest.mark.parametrize("target", ["cuda", "cpu"])
+def test_an_fp8_cache_is_compared_as_stored_and_its_cost_is_told(target: str) -> None:
+    """Logits must be those of the stored keys and values to FP32's precision, though far from FP32's own."""
+    found = compare(make_runtime(target, kv_dtype="fp8"), (0, 5, 200))
+    assert found.problems == []
+    assert all(d.relative_error < 1e-5 for d in found.depths)
+    assert all(d.stored_error is not None and 1e-3 < d.stored_error < 2**-4 for d in found.depths)
+    assert found.cache_error is not None
+    assert 2e-3 < found.cache_error < 0.3
+    assert [d.cache_error is None for d in found.depths if d.depth] == [True, True]
+    assert found.to_json()["cache_error"] == found.cache_error
+    assert f"costs a relative logit error of {found.cache_error:.1e}" in found.summary()
+    assert compare(make_runtime(target)).cache_error is None
+
+
+def test_a_wrong_vector_in_an_fp8_cache_is_found() -> None:
+    """One value of one head with the exponent of its neighbour: logits over the cache as stored do not show it."""
+    runtime = make_runtime("cuda", kv_dtype="fp8")
+
+    def spoil(keys: NDArray[np.float32], values: NDArray[np.float32]) -> Any:
+        values = values.copy()
+        values[3] *= 2
+        return keys, values
+
+    runtime.spoil_cache = spoil
+    assert any("a stored key or value is off by 1.0" in problem for problem in compare(runtime).problems)
 
 
 def test_what_passes_leave_in_the_cache_is_compared() -> None:
