@@ -13,6 +13,7 @@ template <class P> class AttentionCore {
   static_assert(DIM % WIDTH == 0, "head_dim must be a multiple of 32");
 
  public:
+  static constexpr bool PAIRS_CHUNKS = false;
   KOGC_DEVICE void store_query(int head, int d, float v) {  // head after head
     query_[head][place(d)] = v;
     heads_ = head + 1;

@@ -55,32 +55,37 @@ template <int DIM> struct RunningSoftmax {
   float o[STEPS][4] = {};
   float maximum[2] = {LOWEST, LOWEST}, sum[2] = {};  // of the lane's two columns; the sums over its positions only
 
-  // Turns scores into probabilities relative to the new maximum; `keep` is what the sums so far must be multiplied with.
-  KOGC_DEVICE void softmax(float (&p)[4], float (&keep)[2]) {
+  // Turns scores of N tiles into probabilities relative to the new maximum, with which the sums so far must be multiplied.
+  template <int N> KOGC_DEVICE void softmax(float (&p)[N][4], float (&keep)[2]) {
     KOGC_UNROLL for (int h = 0; h < 2; h++) {
-      float m = fmaxf(p[h], p[h + 2]);
+      float m = fmaxf(p[0][h], p[0][h + 2]);
+      KOGC_UNROLL for (int n = 1; n < N; n++) m = fmaxf(m, fmaxf(p[n][h], p[n][h + 2]));
       KOGC_UNROLL for (int s = 4; s < 32; s *= 2) m = fmaxf(m, shuffle_xor(m, s));
       m = fmaxf(m, maximum[h]);
       keep[h] = exp2_fast(maximum[h] - m);
       maximum[h] = m;
-      p[h] = exp2_fast(p[h] - m);
-      p[h + 2] = exp2_fast(p[h + 2] - m);
-      sum[h] = sum[h] * keep[h] + p[h] + p[h + 2];
+      sum[h] *= keep[h];
+      KOGC_UNROLL for (int n = 0; n < N; n++) KOGC_UNROLL for (int e = h; e < 4; e += 2) {
+        p[n][e] = exp2_fast(p[n][e] - m);
+        sum[h] += p[n][e];
+      }
     }
   }
 
-  template <class Piece> KOGC_DEVICE void accumulate(const float (&p)[4], const float (&keep)[2], const Piece (&v)[STEPS]) {
-    u32 high[2], low[2];  // [positions 0-7, 8-15], transposed: lane holds column lane / 4, positions lane % 4 * 2 and + 1
-    KOGC_UNROLL for (int t = 0; t < 2; t++) {
-      const u16 a = float_to_bf16(p[2 * t]), b = float_to_bf16(p[2 * t + 1]);
-      high[t] = transpose8x8(pack16(a, b));
-      low[t] = transpose8x8(pack16(float_to_bf16(p[2 * t] - bf16_to_float(a)), float_to_bf16(p[2 * t + 1] - bf16_to_float(b))));
-    }
-    KOGC_UNROLL for (int j = 0; j < STEPS; j++) {
-      KOGC_UNROLL for (int e = 0; e < 4; e++) o[j][e] *= keep[e % 2];
-      const Words a = operand(v[j]);
-      mma<false>(o[j], a.x, a.z, a.y, a.w, high[0], high[1]);
-      mma<false>(o[j], a.x, a.z, a.y, a.w, low[0], low[1]);
+  template <int N, class Piece> KOGC_DEVICE void accumulate(const float (&p)[N][4], const float (&keep)[2], const Piece (&v)[N][STEPS]) {
+    KOGC_UNROLL for (int j = 0; j < STEPS; j++) KOGC_UNROLL for (int e = 0; e < 4; e++) o[j][e] *= keep[e % 2];
+    KOGC_UNROLL for (int n = 0; n < N; n++) {
+      u32 b[2][2];  // [what BF16 holds, what it leaves][positions 0-7, 8-15], transposed: lane holds column lane / 4, positions lane % 4 * 2 and + 1
+      KOGC_UNROLL for (int t = 0; t < 2; t++) {
+        const float x = p[n][2 * t], y = p[n][2 * t + 1];
+        const u16 high = float_to_bf16(x), next = float_to_bf16(y);
+        b[0][t] = transpose8x8(pack16(high, next));
+        b[1][t] = transpose8x8(pack16(float_to_bf16(x - bf16_to_float(high)), float_to_bf16(y - bf16_to_float(next))));
+      }
+      KOGC_UNROLL for (int part = 0; part < 2; part++) KOGC_UNROLL for (int j = 0; j < STEPS; j++) {
+        const Words a = operand(v[n][j]);
+        mma<false>(o[j], a.x, a.z, a.y, a.w, b[part][0], b[part][1]);
+      }
     }
   }
 
@@ -137,6 +142,20 @@ template <class P> class AttentionCore {
         give_back(stream, 1);
       }
     }
+  }
+
+  // The same of two chunks, whose products and softmax do not wait for each other: FP8 comes twice as fast as BF16.
+  static constexpr bool PAIRS_CHUNKS = P::KV_FP8 && Tiles<P>::WHOLE && 2 * Tiles<P>::MOST_STAGES <= P::STAGES;
+  KOGC_DEVICE void take_chunks(Stream<P>& stream, int first, int second, int lowest, int position, const Where& where) {
+    constexpr int MOST = Tiles<P>::MOST_STAGES;
+    Stream<P> behind = stream;
+    behind.advance(MOST);  // the first of two is whole
+    const int last = stages(second, position), a = first * CHUNK + warp() * 16, b = second * CHUNK + warp() * 16;
+    wait_full<P, MOST>(behind, last, where);
+    const bool sees_first = a + 15 >= lowest, sees_second = b <= position;
+    // A tile that is not seen scores nothing; where the second has not even been copied, the first lends its numbers.
+    if (sees_first || sees_second) take_tiles<2>({pieces(stream), pieces(sees_second ? behind : stream)}, {a, b}, lowest, position);
+    give_back(stream, MOST + last);
   }
 
   // This warp's sums and outputs, to where all warps' meet. The heads of a lane's two columns lie side by side.
@@ -213,18 +232,21 @@ template <class P> class AttentionCore {
   }
 
   // 16 positions, whose keys are loaded.
-  KOGC_DEVICE void take_tile(const Piece<P>* pieces, int base, int lowest, int position) {
-    const Piece<P>* from = pieces + STEPS * 32;
-    Piece<P> v[STEPS];
-    Scales<P> scales;
-    float p[4], keep[2];
-    scales.load(pieces);
-    insert_key(scales, position - base);
-    scores(p, scales, base, lowest, position);
-    KOGC_UNROLL for (int j = 0; j < STEPS; j++) v[j] = from[j * 32];
+  KOGC_DEVICE void take_tile(const Piece<P>* tile, int base, int lowest, int position) { take_tiles<1>({tile}, {base}, lowest, position); }
+  template <int N> KOGC_DEVICE void take_tiles(const Piece<P>* const (&tiles)[N], const int (&bases)[N], int lowest, int position) {
+    Piece<P> v[N][STEPS];
+    Scales<P> scales[N];
+    float p[N][4], keep[2];
+    KOGC_UNROLL for (int n = 0; n < N; n++) {
+      scales[n].load(tiles[n]);
+      if (n) load_tile_keys(tiles[n]);
+      if (n == N - 1 && (N == 1 || bases[n] <= position)) insert_key(scales[n], position - bases[n]);
+      scores(p[n], scales[n], bases[n], lowest, position);
+    }
+    KOGC_UNROLL for (int n = 0; n < N; n++) KOGC_UNROLL for (int j = 0; j < STEPS; j++) v[n][j] = tiles[n][(STEPS + j) * 32];
     softmax_.softmax(p, keep);
-    scales.values(p);
-    insert_value(v, position - base);
+    KOGC_UNROLL for (int n = 0; n < N; n++) scales[n].values(p[n]);
+    if (N == 1 || bases[N - 1] <= position) insert_value(v[N - 1], position - bases[N - 1]);
     softmax_.accumulate(p, keep, v);
   }
 

@@ -76,17 +76,17 @@ template <class P> class PassAttention {
         if (chunk + 1 < end && seen(chunk + 1)) load(k, tile(chunk + 1));
         continue;
       }
-      Piece<P> v[STEPS];
+      Piece<P> v[1][STEPS];
       Scales<P> scales;
-      load(v, tile(chunk) + STEPS * 32);
+      load(v[0], tile(chunk) + STEPS * 32);
       scales.load(tile(chunk));
-      float p[TOGETHER][4];
-      KOGC_UNROLL for (int t = 0; t < TOGETHER; t++) scores(p[t], k, scales, t, chunk * CHUNK + warp() * TILE);
+      float p[TOGETHER][1][4];
+      KOGC_UNROLL for (int t = 0; t < TOGETHER; t++) scores(p[t][0], k, scales, t, chunk * CHUNK + warp() * TILE);
       if (chunk + 1 < end && seen(chunk + 1)) load(k, tile(chunk + 1));
       KOGC_UNROLL for (int t = 0; t < TOGETHER; t++) {
         float keep[2];
         softmax_[t].softmax(p[t], keep);
-        scales.values(p[t]);
+        scales.values(p[t][0]);
         softmax_[t].accumulate(p[t], keep, v);
       }
     }

@@ -20,6 +20,7 @@ template <class P> class AttentionCore {
   struct alignas(16) Values { Slice slice[GROUPS]; };
 
  public:
+  static constexpr bool PAIRS_CHUNKS = false;
   KOGC_DEVICE void store_query(int head, int d, float v) {
     v *= UNIT;
     const u16 high = float_to_bf16(v);
