@@ -15,6 +15,7 @@ import pytest
 import random_checkpoint as rc
 import torch
 from emulator import FLAGS, Emulated, EmulatorError, compile_cpp
+from fp8_cache import over_cache
 from sampling_reference import choice, processed
 
 from kogc.importer import spec_from_dir
@@ -158,6 +159,26 @@ CASES = {
         {"head_dim": 96, "num_attention_heads": 4, "num_key_value_heads": 2},
         knobs={"in_flight": 3, "in_flight_head": 4, "stage_bytes": 16384},
     ),
+    # An FP8 cache: chunks one by one and in pairs, each head size, a window, tiles that come stage by stage.
+    "fp8": Case("llama", 4, kv_dtype="fp8"),
+    "fp8-pairs": Case("llama", 2, {**SMALL, "head_dim": 64, "num_hidden_layers": 2}, tokens=400, kv_dtype="fp8"),
+    "fp8-splits": Case("qwen3", 6, SMALL, tokens=400, knobs={"gather_splits": 1}, seeds=(1,), kv_dtype="fp8"),
+    "fp8-window": Case("mistral", 2, {**SMALL, "sliding_window": 140}, tokens=420, seeds=(1,), kv_dtype="fp8"),
+    "fp8-hd96": Case("qwen3", 5, {"head_dim": 96}, tokens=20, knobs={"stage_bytes": 16384}, kv_dtype="fp8"),
+    "fp8-hd128": Case(
+        "qwen3", 2, {**SMALL, "head_dim": 128}, tokens=140, knobs={"stage_bytes": 16384}, seeds=(1,), kv_dtype="fp8"
+    ),
+    "fp8-over-ring": Case("llama", 2, {**SMALL, "head_dim": 128}, stages=3, tokens=140, seeds=(1,), kv_dtype="fp8"),
+    "fp8-weights-fp16": Case("llama", 4, {"dtype": "float16"}, kv_dtype="fp8"),
+    "fp8-async": Case("llama", 4, {**SMALL, "head_dim": 64}, tokens=140, arch="sm_80", kv_dtype="fp8"),
+    "fp8-step-in-ring": Case(
+        "llama",
+        4,
+        SMALL,
+        stages=24,
+        knobs={"in_flight": 8, "in_flight_head": 8, "in_flight_exchange": 8},
+        kv_dtype="fp8",
+    ),
 }
 
 
@@ -234,6 +255,11 @@ def test_logits_are_as_exact_as_the_weights_and_the_same_in_every_order(name: st
     runs = [model.logits(tokens, seed) for seed in case.seeds]
     reference = rc.reference_logits(checkpoint, tokens)
     half = rc.reference_logits(checkpoint, tokens, torch.bfloat16)
+    if case.kv_dtype == "fp8":
+        over = over_cache(model.plan, checkpoint, tokens, model.buffers["kv"].bytes)
+        assert error(runs[0], over) <= error(half, reference)
+        reference = rc.reference_logits(checkpoint, tokens, kv_dtype="fp8")
+        half = rc.reference_logits(checkpoint, tokens, torch.bfloat16, kv_dtype="fp8")
     assert error(runs[0], reference) <= error(half, reference)
     for run in runs[1:]:
         np.testing.assert_array_equal(run, runs[0])
@@ -444,7 +470,7 @@ BUGS = {
         "barrier_expect(Ring<P>::full(head_.slot), bytes)",
         "barrier_expect(Ring<P>::full(head_.slot), 2 * bytes)",
     ),
-    "a new key that only its cache sees": ("cuda/attention.cuh", "insert_key(position - base);", ""),
+    "a new key that only its cache sees": ("cuda/attention.cuh", "insert_key(scales[n], position - bases[n]);", "{}"),
     "a stage of a chunk used before it has arrived": (
         "cuda/attention.cuh",
         "wait_full<P>(stream, where);\n        if (seen",
@@ -467,6 +493,31 @@ ASYNC_BUGS = {
         "barrier_init(full(i), COPIERS);",
         "barrier_init(full(i), 1);",
     ),
+}
+# What an FP8 cache adds, told from the model over the cache as stored: these are wrong in every order.
+FP8_BUGS = {
+    "a key with another's scale": ("fp8-pairs", "cuda/attention.cuh", "bytes >> i / 2 * 8 & 0xff", "bytes & 0xff"),
+    "a value without its scale": ("fp8-pairs", "cuda/attention.cuh", "scales[n].values(p[n]);", ""),
+    "a new key with an old scale": (
+        "fp8-pairs",
+        "cuda/attention.cuh",
+        "const u32 both = *",
+        "return; const u32 both = *",
+    ),
+    "a new key in its neighbour's bytes": ("fp8-pairs", "cuda/attention.cuh", "key.low, r / 8 * 8,", "key.low, 0,"),
+    "a new value in its neighbour's byte": ("fp8-pairs", "cuda/attention.cuh", "r % 2 * 16 + r / 8 * 8", "r % 2 * 16"),
+    "the second chunk of a pair left out": ("fp8-pairs", "cuda/attention.cuh", "if (n) load_tile_keys(tiles[n]);", ""),
+    "the second chunk's maximum left out": (
+        "fp8-pairs",
+        "cuda/attention.cuh",
+        "n = 1; n < N; n++) m =",
+        "n = N; n < N; n++) m =",
+    ),
+    "codes in the order of BF16": ("fp8", "common/fp8.h", "element % 2 * 2 + element / 2 % 2", "element % 4"),
+    "numbers cut off, not rounded": ("fp8", "common/fp8.h", "(w + 0x7ffff + (w >> 20 & 1)) >> 20", "w >> 20"),
+    "a sign that is lost": ("fp8", "common/fp8.h", "(w << 8 & 0x80008000u) | ", ""),
+    "a vector that saturates": ("fp8", "common/fp8.h", "FP8_TOP = 7", "FP8_TOP = 11"),
+    "the largest of one lane": ("fp8", "common/attention.h", "m = other > m ? other : m;", ""),
 }
 NEEDS = {  # what a bug needs besides the case `planted`, to show
     "a key copied before it is written": "step-in-ring",
@@ -491,6 +542,20 @@ def test_a_planted_bug_is_noticed(copies: str, bug: str, file: str, old: str, ne
             return True
 
     assert any(seen(seed) for seed in range(1, 41))
+
+
+@pytest.mark.parametrize("bug", FP8_BUGS)
+def test_a_planted_bug_of_an_fp8_cache_is_noticed(bug: str) -> None:
+    case, file, old, new = FP8_BUGS[bug]
+    broken, checkpoint = patched(case, file, old, new), planned(case)[1]
+    tokens = prompt(broken.plan.spec.vocab, CASES[case].tokens)
+    logits = broken.logits(tokens)
+    half = rc.reference_logits(checkpoint, tokens, torch.bfloat16)
+    try:
+        over = over_cache(broken.plan, checkpoint, tokens, broken.buffers["kv"].bytes)
+    except AssertionError:
+        return
+    assert error(logits, over) > error(half, rc.reference_logits(checkpoint, tokens))
 
 
 # The same for sampling: what would go wrong on a GPU now and then, or always.
