@@ -13,6 +13,7 @@ import pytest
 import random_checkpoint as rc
 import torch
 from emulator import Emulated, EmulatorError
+from fp8_cache import over_cache
 from test_emulated import SAMPLED, SMALL, TINY, error, prompt, sampled_as_the_reference
 
 from kogc.importer import spec_from_dir
@@ -38,6 +39,7 @@ class Case:
     loads: int = 4
     gather_splits: int = 2
     turn: int = 1
+    kv_dtype: str = "bf16"
 
 
 CASES = {
@@ -80,6 +82,13 @@ CASES = {
     "rdna-widest-head": Case(RDNA4, "qwen3", 2, {**SMALL, "head_dim": 128}, tokens=140, seeds=(1,)),
     "cdna-qwen2": Case(CDNA3, "qwen2", 6, {"num_attention_heads": 4, "num_key_value_heads": 1, "hidden_size": 128}),
     "cdna-qwen3": Case(CDNA3, "qwen3", 5, {"head_dim": 96, "num_attention_heads": 4, "num_key_value_heads": 2}),
+    "cdna-fp8": Case(CDNA3, "llama", 4, kv_dtype="fp8"),
+    "rdna-fp8": Case(RDNA4, "llama", 4, kv_dtype="fp8"),
+    "cdna-fp8-chunks": Case(CDNA4, "qwen3", 2, {**SMALL, "head_dim": 128}, tokens=150, seeds=(1,), kv_dtype="fp8"),
+    "rdna-fp8-chunks": Case(
+        RDNA4, "mistral", 2, {**SMALL, "head_dim": 64, "sliding_window": 140}, tokens=290, seeds=(1,), kv_dtype="fp8"
+    ),
+    "cdna-fp8-one-block": Case(CDNA3, "qwen3", 1, {**SMALL, "head_dim": 96}, tokens=20, kv_dtype="fp8"),
     "rdna-qwen3": Case(RDNA4, "qwen3", 5, {"head_dim": 96, "num_attention_heads": 4, "num_key_value_heads": 2}),
 }  # fmt: skip
 
@@ -97,7 +106,8 @@ def planned(name: str) -> tuple[Plan, Path]:
     knobs = Knobs(
         stage_bytes=16 * profile.threads, in_flight=case.loads, gather_splits=case.gather_splits, turn=case.turn
     )
-    plan = make_plan(spec_from_dir(checkpoint)[0], profile, Options(blocks=case.blocks, knobs=knobs))
+    options = Options(blocks=case.blocks, knobs=knobs, kv_dtype=case.kv_dtype)
+    plan = make_plan(spec_from_dir(checkpoint)[0], profile, options)
     return plan, checkpoint
 
 
@@ -137,7 +147,11 @@ def test_logits_are_as_exact_as_the_weights_and_the_same_in_every_order(name: st
     runs = [model.logits(tokens, seed) for seed in case.seeds]
     reference = rc.reference_logits(planned(name)[1], tokens)
     half = rc.reference_logits(planned(name)[1], tokens, torch.bfloat16)
-    assert error(runs[0], reference) <= error(half, reference)
+    if case.kv_dtype == "fp8":
+        reference_over = over_cache(model.plan, planned(name)[1], tokens, model.buffers["kv"].bytes)
+    else:
+        reference_over = reference
+    assert error(runs[0], reference_over) <= error(half, reference)
     for run in runs[1:]:
         np.testing.assert_array_equal(run, runs[0])
 
@@ -198,6 +212,9 @@ BUGS = {
     ),
     "a new key that only its cache sees": ("cdna-planted", "hip/attention.h", "insert_key(position - base);", ""),
     "a new value that only its cache sees": ("cdna-planted", "hip/attention.h", "insert_value(position - base);", ""),
+    "a new exponent that only its cache sees": ("cdna-fp8", "hip/attention.h", "insert_scales(r);", ""),
+    "a key with another's scale": ("rdna-fp8", "hip/attention.h", "scales_[which][i / 4]", "scales_[which][0]"),
+    "a new value in its neighbour's byte": ("cdna-fp8", "hip/attention.h", "fp8_byte(r % 4) * 8", "r % 4 * 8"),
     "a value taken before it is ready": (
         "cdna-planted",
         "common/exchange.h",
