@@ -164,9 +164,8 @@ KOGC_DEVICE void attend(Stream<P>& stream, const KernelArgs& args, int unit, int
   Trace<P>::mark(args, QUERY);
   const Span<P> span(opaque(position), P::window(where.layer));  // opaque: not kept while the query is awaited
   for (int chunk = span.first_chunk(split);;) {
-    const int second = span.next_chunk(chunk);
     if constexpr (AttentionCore<P>::PAIRS_CHUNKS) {
-      if (second < span.end) {
+      if (const int second = span.next_chunk(chunk); second < span.end) {
         core.take_chunks(stream, chunk, second, span.lowest, position, where);
         chunk = span.next_chunk(second);
         if (chunk >= span.end) break;
@@ -175,7 +174,7 @@ KOGC_DEVICE void attend(Stream<P>& stream, const KernelArgs& args, int unit, int
       }
     }
     core.take_chunk(stream, chunk_address<P>(args.kv, where.layer, kv_head, chunk), chunk, span.lowest, position, where);
-    chunk = second;
+    chunk = span.next_chunk(chunk);
     if (chunk >= span.end) break;
     core.load_keys(stream, chunk, position, where);
   }

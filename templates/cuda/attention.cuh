@@ -73,7 +73,7 @@ template <int DIM> struct RunningSoftmax {
   }
 
   template <int N, class Piece> KOGC_DEVICE void accumulate(const float (&p)[N][4], const float (&keep)[2], const Piece (&v)[N][STEPS]) {
-    KOGC_UNROLL for (int j = 0; j < STEPS; j++) KOGC_UNROLL for (int e = 0; e < 4; e++) o[j][e] *= keep[e % 2];
+    constexpr bool FP8 = sizeof(Piece) == sizeof(Quad);  // has no time to wait: products that follow one another are of other sums
     KOGC_UNROLL for (int n = 0; n < N; n++) {
       u32 b[2][2];  // [what BF16 holds, what it leaves][positions 0-7, 8-15], transposed: lane holds column lane / 4, positions lane % 4 * 2 and + 1
       KOGC_UNROLL for (int t = 0; t < 2; t++) {
@@ -82,7 +82,9 @@ template <int DIM> struct RunningSoftmax {
         b[0][t] = transpose8x8(pack16(high, next));
         b[1][t] = transpose8x8(pack16(float_to_bf16(x - bf16_to_float(high)), float_to_bf16(y - bf16_to_float(next))));
       }
-      KOGC_UNROLL for (int part = 0; part < 2; part++) KOGC_UNROLL for (int j = 0; j < STEPS; j++) {
+      KOGC_UNROLL for (int i = 0; i < 2 * STEPS; i++) {
+        const int part = FP8 ? i / STEPS : i % 2, j = FP8 ? i % STEPS : i / 2;
+        if (n == 0 && part == 0) KOGC_UNROLL for (int e = 0; e < 4; e++) o[j][e] *= keep[e % 2];
         const Words a = operand(v[n][j]);
         mma<false>(o[j], a.x, a.z, a.y, a.w, b[part][0], b[part][1]);
       }
