@@ -161,6 +161,21 @@ def test_build_inspect_verify(compiler: None, checkpoint: Path, tmp_path: Path) 
     assert ok("verify", out).endswith("all as built\n")
 
 
+def test_the_type_of_the_cache_is_recorded_and_counted(compiler: None, checkpoint: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    args = ("build", checkpoint, "--gpu", "h200-sxm", "--blocks", 3, "--max-context", 128, "-o", out)
+    ok(*args)
+    plain = js("inspect", out)
+    assert ok(*args, "--kv-dtype", "fp8").count("KV cache in FP8") == 1
+    fp8 = js("inspect", out)
+    assert (plain["kv_dtype"], fp8["kv_dtype"]) == ("bf16", "fp8")
+    head_dim = fp8["spec"]["head_dim"]
+    assert fp8["kv_bytes"] * 4 * head_dim == plain["kv_bytes"] * (2 * head_dim + 2)
+    assert "kB in FP8" in ok("inspect", out)
+    table = js("plan", checkpoint, "--gpu", "h200-sxm", "--blocks", 3, "--max-context", 128, "--kv-dtype", "fp8")
+    assert (table["kv_dtype"], table["kv_cache_bytes"]) == ("fp8", fp8["kv_bytes"])
+
+
 def test_unchanged_rebuild_does_nothing(compiler: None, checkpoint: Path, tmp_path: Path) -> None:
     args = ("build", checkpoint, "--gpu", "h200-sxm", "--blocks", 2, "-o", tmp_path / "out")
     assert js(*args)["up_to_date"] is False
@@ -261,6 +276,10 @@ def test_limited_context_is_said() -> None:
         (["plan", "smollm2-135m", "--gpu", "h200-sxm", "--max-context", "9999999"], "--max-context 9999999"),
         (["plan", "smollm2-135m", "--gpu", "h200-sxm", "--blocks", "133"], "--blocks 133: h200-sxm has 132 SMs"),
         (["plan", "smollm2-135m", "--gpu", "h200-sxm", "--blocks", "0"], "'--blocks'"),
+        (["build", "x", "--kv-dtype", "fp4", "-o", "x"], "'fp4' is not one of 'bf16', 'fp8'"),
+        (["plan", "x", "--kv-dtype", "FP8 "], "'--kv-dtype'"),
+        (["bench", "x", "--kv-dtype", "int8"], "'--kv-dtype'"),
+        (["tune", "x", "--kv-dtype", ""], "'--kv-dtype'"),
         (["run", "x"], "give one of -p TEXT, -f FILE and -t IDS"),
         (["run", "x", "-p", "a", "-f", "b"], "give one of"),
         (["run", "x", "-t", "1,b"], "-t 1,b: not a list of token ids"),

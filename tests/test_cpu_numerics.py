@@ -18,6 +18,7 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
 import random_checkpoint  # noqa: E402
+from fp8_cache import over_cache  # noqa: E402
 
 from kogc import rope  # noqa: E402
 from kogc.cache import Cache  # noqa: E402
@@ -50,6 +51,7 @@ class Case:
     tokens: int
     profiles: tuple[str, ...]
     config: dict[str, Any] = field(default_factory=dict)
+    kv_dtype: str = "bf16"
 
 
 def _heads(heads: int, kv_heads: int, head_dim: int, **more: Any) -> dict[str, Any]:
@@ -64,6 +66,10 @@ CASES = (
     Case("llama-fp16", "llama", 2, 150, PROFILES[:2], _heads(4, 2, 64, dtype="float16")),
     Case("mistral-window", "mistral", 6, 300, PROFILES[:2], _heads(6, 2, 96, sliding_window=150, vocab_size=509)),
     Case("qwen2-bias", "qwen2", 2, 150, PROFILES, {"hidden_size": 192, "intermediate_size": 500, "vocab_size": 517}),
+    # Against Transformers with a cache that rounds to FP8.
+    Case("llama-fp8-cache", "llama", 4, 280, PROFILES, _heads(6, 2, 64), "fp8"),
+    Case("mistral-fp8-window", "mistral", 6, 300, PROFILES[:2], _heads(6, 2, 96, sliding_window=150), "fp8"),
+    Case("qwen3-fp8-hd128", "qwen3", 8, 150, PROFILES[1:], _heads(4, 2, 128, vocab_size=777), "fp8"),
     Case("qwen3-norms", "qwen3", 8, 280, PROFILES[1:], _heads(4, 2, 128, vocab_size=777)),
 )
 RUNS = [pytest.param((case, profile), id=f"{case.name}-{profile}") for case in CASES for profile in case.profiles]
@@ -77,6 +83,7 @@ class Expected:
     tokens: list[int]
     exact: np.ndarray
     bf16: np.ndarray
+    kv_dtype: str
 
 
 @pytest.fixture(scope="module")
@@ -89,9 +96,9 @@ def expected(tmp_path_factory: pytest.TempPathFactory) -> Any:
             path = random_checkpoint.make(tmp_path, case.family, seed=len(kept), **case.config)
             vocab = case.config.get("vocab_size", random_checkpoint.BASE["vocab_size"])
             tokens = np.random.default_rng(len(kept)).integers(0, vocab, case.tokens).tolist()
-            exact = random_checkpoint.reference_logits(path, tokens)
-            bf16 = random_checkpoint.reference_logits(path, tokens, torch.bfloat16)
-            kept[case.name] = Expected(path, tokens, exact, bf16)
+            exact = random_checkpoint.reference_logits(path, tokens, kv_dtype=case.kv_dtype)
+            bf16 = random_checkpoint.reference_logits(path, tokens, torch.bfloat16, case.kv_dtype)
+            kept[case.name] = Expected(path, tokens, exact, bf16, case.kv_dtype)
         return kept[case.name]
 
     return make
@@ -103,14 +110,14 @@ def run(request: pytest.FixtureRequest, expected: Any, tmp_path: Path) -> Iterat
     if not cpu_features().issuperset(load_profile(profile).flags):
         pytest.skip(f"this CPU lacks features of {profile}")
     want = expected(case)
-    program = make_program(want.path, profile, case.blocks, tmp_path)
+    program = make_program(want.path, profile, case.blocks, tmp_path, case.kv_dtype)
     with open_runtime(program, oversubscribe=True) as runtime:
         yield want, runtime
 
 
-def make_program(checkpoint: Path, profile: str, blocks: int, tmp_path: Path) -> Program:
+def make_program(checkpoint: Path, profile: str, blocks: int, tmp_path: Path, kv_dtype: str = "bf16") -> Program:
     spec, _ = spec_from_dir(checkpoint)
-    plan = make_plan(spec, load_profile(profile), Options(blocks=blocks))
+    plan = make_plan(spec, load_profile(profile), Options(blocks=blocks, kv_dtype=kv_dtype))
     weights, binary = tmp_path / "weights.bin", tmp_path / "kernel.so"
     with open_checkpoint(checkpoint, spec) as opened:
         write_weights(plan, opened, weights)
@@ -134,9 +141,23 @@ def test_against_transformers(run: tuple[Expected, Runtime]) -> None:
     assert ours.mean() <= theirs.mean()
     assert ours.max() <= theirs.max()
     check_greedy(want, runtime)
+    if want.kv_dtype == "fp8":
+        check_over_cache(want, runtime)
     # The same launch again gives the same bits: sums are added in a fixed order whatever the threads' timing.
     again = runtime.run(Request(tuple(want.tokens), logits=True)).logits
     assert np.array_equal(logits, again)
+
+
+def check_over_cache(want: Expected, runtime: Runtime) -> None:
+    """Over the keys and values as stored there is no rounding to differ by: logits are as exact as with any cache."""
+    logits = runtime.run(Request(tuple(want.tokens), logits=True)).logits
+    assert logits is not None
+    cache = runtime.download("kv", 0, runtime.plan.kv_bytes)
+    exact = over_cache(runtime.plan, want.path, want.tokens, cache)
+    plain, half = (
+        random_checkpoint.reference_logits(want.path, want.tokens, t) for t in (torch.float32, torch.bfloat16)
+    )
+    assert relative(logits, exact).max() <= relative(half, plain).max()
 
 
 def check_greedy(want: Expected, runtime: Runtime) -> None:
@@ -144,7 +165,8 @@ def check_greedy(want: Expected, runtime: Runtime) -> None:
     prompt, count = want.tokens[:-24], 24
     made = runtime.run(Request(tuple(prompt), max_new=count)).tokens
     assert len(made) == count
-    exact = random_checkpoint.reference_logits(want.path, prompt + made)[len(prompt) - 1 : -1]
+    whole = random_checkpoint.reference_logits(want.path, prompt + made, kv_dtype=want.kv_dtype)
+    exact = whole[len(prompt) - 1 : -1]
     top = np.sort(exact, axis=1)
     decided = top[:, -1] - top[:, -2] > np.abs(want.bf16 - want.exact).max()
     assert decided.any()

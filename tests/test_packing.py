@@ -11,6 +11,7 @@ import tracemalloc
 from dataclasses import replace
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 import pytest
 import random_checkpoint as rc
@@ -20,6 +21,7 @@ from kogc.checkpoint import Checkpoint, expected_tensors, open_checkpoint, to_fl
 from kogc.errors import KogcError
 from kogc.importer import spec_from_dir
 from kogc.kv_layout import pack_kv, unpack_kv
+from kogc.kv_numbers import DECODED, from_fp8, to_fp8
 from kogc.packing import SlabWeights, operands, pack_rows, total_bytes, unpack_rows, write_weights
 from kogc.plan.matvec import MatVec, cut
 from kogc.plan.plan import Options, Plan, make_plan
@@ -264,41 +266,80 @@ def test_a_missing_directory_is_one_line(tmp_path: Path) -> None:
         write_weights(plan, checkpoint, tmp_path / "none" / "weights.bin")
 
 
+def key_place(target: str, lanes: int, dim: int, inside: int, d: int) -> int:
+    """Number of a key's dimension among the numbers of its tile (a chunk on `cpu`)."""
+    r = inside % 16
+    if target == "cuda":
+        return (d // 16 * 32 + (r % 8) * 4 + d % 16 // 4) * 8 + d % 4 // 2 * 4 + r // 8 * 2 + d % 2
+    return (d // 8 * 16 + r) * 8 + d % 8 if target == "hip" else inside * dim + d
+
+
+def value_place(target: str, lanes: int, dim: int, inside: int, d: int) -> int:
+    r = inside % 16
+    if target == "cuda":
+        return (d // 16 * 32 + (d % 8) * 4 + (r % 8) // 2) * 8 + (d % 16) // 8 * 4 + r % 2 + 2 * (r // 8)
+    if target == "cpu":
+        return inside * dim + d
+    n = 256 // lanes  # positions of a lane
+    load, group = divmod(d // 16, 8 // n)
+    return (load * lanes + r // n * 16 + d % 16) * 8 + group * n + r % n
+
+
+@pytest.mark.parametrize("kv_dtype", ["bf16", "fp8"])
 @pytest.mark.parametrize("dim", [32, 64, 96, 128])
 @pytest.mark.parametrize("gpu", ["h200-sxm", "cpu-avx2", "mi300x", "rx-9070-xt"])
-def test_kv_chunks_hold_each_element_where_stated(gpu: str, dim: int) -> None:
-    plan = make_plan(replace(load_spec("llama-3.2-1b"), head_dim=dim), load_profile(gpu), Options(blocks=4))
-    target = plan.target
-    positions = 300
-    raw = np.random.default_rng(dim).integers(0, 0x7F00, (3, 2 * 128 * dim)).astype(np.uint16)
+def test_kv_chunks_hold_each_element_where_stated(gpu: str, dim: int, kv_dtype: str) -> None:
+    options = Options(blocks=4, kv_dtype=kv_dtype)
+    plan = make_plan(replace(load_spec("llama-3.2-1b"), head_dim=dim), load_profile(gpu), options)
+    target, positions, fp8 = plan.target, 300, kv_dtype == "fp8"
+    rng = np.random.default_rng(dim)
+    raw = rng.integers(0, 0x7F, (3, plan.chunk_bytes)).astype(np.uint8)  # neither infinite nor NaN in either type
     keys, values = unpack_kv(plan, target, raw, positions)
     assert keys.shape == values.shape == (positions, dim)
-    floats = to_float32(raw, "bf16")
+    rows = 128 if target == "cpu" else 16  # of a tile
     for p in (0, 1, 7, 8, 9, 15, 16, 127, 128, 200, 299):
+        chunk, tile, r = raw[p // 128], p % 128 // rows, p % rows
+        part = chunk[tile * rows * plan.position_bytes :][: rows * plan.position_bytes]
         for d in (0, 1, 7, 8, 13, 16, dim - 1):
-            chunk, inside, r = p // 128, p % 128, p % 16
-            key, value = inside * dim + d, (128 + inside) * dim + d
-            if target == "cuda":
-                tile, fragment = inside // 16 * 32 * dim, d // 16 * 32
-                lane, element = (r % 8) * 4 + d % 16 // 4, d % 4 // 2 * 4 + r // 8 * 2 + d % 2
-                key = tile + (fragment + lane) * 8 + element
-                lane, element = (d % 8) * 4 + (r % 8) // 2, (d % 16) // 8 * 4 + r % 2 + 2 * (r // 8)
-                value = tile + 16 * dim + (fragment + lane) * 8 + element
-            if target == "hip":
-                tile, n = inside // 16 * 32 * dim, 256 // plan.profile.lanes  # positions of a lane
-                key = tile + (d // 8 * 16 + r) * 8 + d % 8
-                load, group = divmod(d // 16, 8 // n)
-                value = tile + 16 * dim + (load * plan.profile.lanes + r // n * 16 + d % 16) * 8 + group * n + r % n
-            assert keys[p, d] == floats[chunk, key]
-            assert values[p, d] == floats[chunk, value]
-    again = pack_kv(plan, target, *unpack_kv(plan, target, raw, 384))
-    assert np.array_equal(again, raw)
+            key, value = (f(target, plan.profile.lanes, dim, p % 128, d) for f in (key_place, value_place))
+            if fp8:
+                order = [0, 1, 2, 3] if target == "cpu" else [0, 2, 1, 3]
+                key, value = (i // 4 * 4 + order[i % 4] for i in (key, value))
+                scales = part[2 * rows * dim :]
+                at = (r % 8 * 4 + r // 8, r % 8 * 4 + 2 + r // 8) if target == "cuda" else (r, rows + r)
+                assert keys[p, d] == DECODED[part[key]] * 2.0 ** (int(scales[at[0]]) - 127)
+                assert values[p, d] == DECODED[part[rows * dim + value]] * 2.0 ** (int(scales[at[1]]) - 127)
+            else:
+                floats = to_float32(part.view(np.uint16), "bf16")
+                assert keys[p, d] == floats[key]
+                assert values[p, d] == floats[rows * dim + value]
+    packed = pack_kv(plan, target, *rng.normal(0, 1, (2, 384, dim)).astype(np.float32))
+    assert np.array_equal(pack_kv(plan, target, *unpack_kv(plan, target, packed, 384)), packed)
+    keys, values = unpack_kv(plan, target, packed, positions)
     partial = unpack_kv(plan, target, pack_kv(plan, target, keys, values), positions)
     assert np.array_equal(partial[0], keys)
     assert np.array_equal(partial[1], values)
 
 
+def test_numbers_of_an_fp8_cache_are_e4m3() -> None:
+    """As ml_dtypes has them, of vectors of any size; to a sixteenth of each number, and nothing saturates."""
+    codes = np.arange(256, dtype=np.uint8)
+    e4m3 = codes.view(ml_dtypes.float8_e4m3fn).astype(np.float32)
+    assert np.array_equal(DECODED[codes % 128 != 127], e4m3[codes % 128 != 127])
+    rng = np.random.default_rng(0)
+    x = (rng.normal(0, 1, (4000, 64)) * 2.0 ** rng.integers(-100, 60, (4000, 1))).astype(np.float32)
+    codes, exponents = to_fp8(x)
+    scaled = np.ldexp(x, 127 - exponents[:, None].astype(np.int32))
+    assert np.array_equal(codes, scaled.astype(ml_dtypes.float8_e4m3fn).view(np.uint8))
+    largest = np.abs(scaled).max(axis=1)
+    assert largest.min() >= 128
+    assert largest.max() < 256
+    back = from_fp8(codes, exponents)
+    assert (np.abs(back - x) <= np.abs(x) / 16 + np.abs(x).max(axis=1, keepdims=True) * 2.0**-17).all()
+    assert not from_fp8(*to_fp8(np.zeros((1, 64), np.float32))).any()
+
+
 def test_kv_of_more_positions_than_stored_is_refused() -> None:
     plan = plan_of(load_spec("llama-3.2-1b"), 4)
     with pytest.raises(ValueError, match="129 positions from 1 chunks"):
-        unpack_kv(plan, "cuda", np.zeros((1, 2 * 128 * 64), np.uint16), 129)
+        unpack_kv(plan, "cuda", np.zeros((1, plan.chunk_bytes), np.uint8), 129)

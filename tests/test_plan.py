@@ -119,6 +119,7 @@ def test_context_is_limited_by_memory_and_it_is_said() -> None:
         (Options(blocks=133), "--blocks 133"),
         (Options(max_context=1 << 20), "--max-context"),
         (Options(blocks=-1), "--blocks -1"),
+        (Options(kv_dtype="fp4"), "--kv-dtype fp4: one of bf16, fp8"),
     ],
 )
 def test_impossible_options_name_their_flag(options: Options, flag: str) -> None:
@@ -132,6 +133,17 @@ def test_kv_bytes_count_the_window() -> None:
     assert plan.kv_bytes_read(100) == s.layers * s.kv_heads * 100 * s.head_dim * 4
     windowed = dataclasses.replace(plan, spec=dataclasses.replace(s, sliding_window=64, sliding_layers=(0,)))
     assert windowed.kv_bytes_read(100) == plan.kv_bytes_read(100) - s.kv_heads * 36 * s.head_dim * 4
+
+
+def test_an_fp8_cache_takes_half_the_bytes_and_a_scale_a_vector() -> None:
+    small = dataclasses.replace(H200, memory_bytes=24 << 30)
+    plan, fp8 = (make_plan(load_spec("llama-3.1-8b"), small, Options(kv_dtype=kind)) for kind in ("bf16", "fp8"))
+    s = plan.spec
+    assert fp8.kv_bytes_read(1000) == s.layers * s.kv_heads * 1000 * (2 * s.head_dim + 2)
+    assert fp8.kv_bytes == s.layers * s.kv_heads * fp8.chunks * fp8.chunk_bytes
+    assert 1.9 < fp8.max_context / plan.max_context < 2  # of the same memory
+    assert fp8.slab_bytes == plan.slab_bytes
+    check(fp8)
 
 
 @pytest.mark.parametrize(
