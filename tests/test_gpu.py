@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import random_checkpoint
 import torch
+from fp8_cache import over_cache
 from numpy.typing import NDArray
 
 import kogc
@@ -89,10 +90,12 @@ class Model:
                 torch.cuda.empty_cache()
 
 
-def open_model(directory: Path, family: str, changes: dict[str, Any], max_context: int) -> Model:
+def open_model(
+    directory: Path, family: str, changes: dict[str, Any], max_context: int, kv_dtype: str = "bf16"
+) -> Model:
     assert PROFILE is not None
     checkpoint = random_checkpoint.make(directory, family, **changes)
-    build(str(checkpoint), PROFILE, directory / "artifact", BuildOptions(max_context=max_context))
+    build(str(checkpoint), PROFILE, directory / "artifact", BuildOptions(max_context=max_context, kv_dtype=kv_dtype))
     return Model(checkpoint, kogc.load(directory / "artifact"))
 
 
@@ -108,6 +111,23 @@ def small(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 def full(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Model]:
     family, changes = FULL[request.param]
     model = open_model(tmp_path_factory.mktemp("full"), family, changes, 1024)
+    with model.session:
+        yield model
+
+
+# Several chunks of the cache in one block, one by one and in pairs; a window; each size of heads.
+FP8: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", {"head_dim": 64, "hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2}),
+    "mistral-window": ("mistral", {"sliding_window": 140, "head_dim": 96}),
+    "qwen3-hd128": ("qwen3", {"head_dim": 128}),
+    "llama-3.2-1b": FULL["llama-3.2-1b"],
+}
+
+
+@pytest.fixture(scope="module", params=FP8)
+def fp8(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Model]:
+    family, changes = FP8[request.param]
+    model = open_model(tmp_path_factory.mktemp("fp8"), family, changes, 1024, "fp8")
     with model.session:
         yield model
 
@@ -189,6 +209,28 @@ def test_small_models_in_passes(small: Model) -> None:
 @pytest.mark.timeout(900)
 def test_full_size_in_passes(full: Model) -> None:
     check_passes(full, random_tokens(full.session, 300))
+
+
+@pytest.mark.timeout(900)
+def test_an_fp8_cache_is_as_exact_as_what_it_stores(fp8: Model) -> None:
+    """Teacher-forced and after passes; a second run gives the same bits, and tokens are those of the logits."""
+    session, tokens = fp8.session, random_tokens(fp8.session, 600)
+    plan, runtime = session.plan, session.runtime
+    plain, half = (fp8.reference(tokens, dtype) for dtype in (torch.float32, torch.bfloat16))
+    logits = session.logits(tokens)
+    over = over_cache(plan, fp8.checkpoint, tokens, runtime.download("kv", 0, plan.kv_bytes))
+    print(f"relative logit error {relative(logits, over):.2e}, BF16 {relative(half, plain):.2e}; ", end="")
+    print(f"of the FP8 cache {relative(logits, plain):.2e}")
+    assert relative(logits, over) <= relative(half, plain)
+    assert np.array_equal(session.logits(tokens).view(np.uint32), logits.view(np.uint32))
+    made = session.generate(tokens[:100], 300, stop=()).tokens
+    session.reset()
+    assert session.generate(tokens[:100], 300, stop=()).tokens == made
+    last = len(tokens) - 1
+    runtime.run(Request(tuple(tokens), max_new=1))
+    after = np.array(runtime.run(Request((tokens[last],), last, logits=True)).logits)
+    over = over_cache(plan, fp8.checkpoint, tokens, runtime.download("kv", 0, plan.kv_bytes))
+    assert relative(after, over[-1:]) <= 1.5 * relative(half[-1:], plain[-1:])  # of one position: both are noise
 
 
 def test_ten_turns_are_as_ten_cold_starts(full: Model) -> None:
