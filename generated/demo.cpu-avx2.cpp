@@ -3,6 +3,7 @@
 #include "cpu/machine.hpp"
 #include "common/spin.h"
 #include "common/numbers.h"
+#include "common/fp8.h"
 #include "common/exchange.h"
 #include "common/partition.h"
 #include "common/cache.h"
@@ -46,7 +47,8 @@ struct Plan {
   // partition
   static constexpr int BLOCKS = 4, SPLITS = 4, GATHER_SPLITS = 1, TURN = 1;
   static constexpr int HEAD_TILES = 1, HEADS_PER_BLOCK = 3;
-  static constexpr int MAX_CONTEXT = 512, CHUNKS = 4;
+  static constexpr int MAX_CONTEXT = 512, CHUNKS = 4, CHUNK_BYTES = 32768;
+  static constexpr bool KV_FP8 = false;
   static constexpr int HIDDEN_PADDED = 256;
   struct Qkv {
     static constexpr int ROWS = 320, COLUMNS = 192, COLUMNS_PADDED = 256, UNIT = 8;

@@ -4,6 +4,7 @@
 #include "cuda/bulk_copies.cuh"
 #include "common/spin.h"
 #include "common/numbers.h"
+#include "common/fp8.h"
 #include "common/exchange.h"
 #include "common/partition.h"
 #include "common/cache.h"
@@ -52,7 +53,8 @@ struct Plan {
   // partition
   static constexpr int BLOCKS = 128, SPLITS = 16, GATHER_SPLITS = 2, TURN = 1;
   static constexpr int HEAD_TILES = 1, HEADS_PER_BLOCK = 4;
-  static constexpr int MAX_CONTEXT = 131072, CHUNKS = 1024;
+  static constexpr int MAX_CONTEXT = 131072, CHUNKS = 1024, CHUNK_BYTES = 32768;
+  static constexpr bool KV_FP8 = false;
   static constexpr int HIDDEN_PADDED = 2048;
   struct Qkv {
     static constexpr int ROWS = 3072, COLUMNS = 2048, COLUMNS_PADDED = 2048, UNIT = 8;
@@ -82,7 +84,7 @@ struct Plan {
   static constexpr int TRACE_EVENTS = 0;
   static constexpr bool TRACE = TRACE_EVENTS > 0;
   // stream
-  static constexpr int STAGES = 12, STAGE_BYTES = 16384, GROUP_FRAGMENTS = 4;
+  static constexpr int STAGES = 12, STAGE_BYTES = 16384, SLOT_BYTES = 16384, GROUP_FRAGMENTS = 4;
   static constexpr int IN_FLIGHT = 3, IN_FLIGHT_HEAD = 4;
   static constexpr int IN_FLIGHT_EXCHANGE = 2;
   static constexpr int PREFETCH = 8, PACE = 900;

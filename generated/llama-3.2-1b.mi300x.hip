@@ -3,6 +3,7 @@
 #include "common/args.h"
 #include "common/spin.h"
 #include "common/numbers.h"
+#include "common/fp8.h"
 #include "hip/matrix.h"
 #include "common/exchange.h"
 #include "common/partition.h"
@@ -47,7 +48,8 @@ struct Plan {
   // partition
   static constexpr int BLOCKS = 256, SPLITS = 32, GATHER_SPLITS = 2, TURN = 1;
   static constexpr int HEAD_TILES = 1, HEADS_PER_BLOCK = 4;
-  static constexpr int MAX_CONTEXT = 131072, CHUNKS = 1024;
+  static constexpr int MAX_CONTEXT = 131072, CHUNKS = 1024, CHUNK_BYTES = 32768;
+  static constexpr bool KV_FP8 = false;
   static constexpr int HIDDEN_PADDED = 2048;
   struct Qkv {
     static constexpr int ROWS = 3072, COLUMNS = 2048, COLUMNS_PADDED = 2048, UNIT = 4;

@@ -4,6 +4,7 @@
 #include "cuda/bulk_copies.cuh"
 #include "common/spin.h"
 #include "common/numbers.h"
+#include "common/fp8.h"
 #include "common/exchange.h"
 #include "common/partition.h"
 #include "common/cache.h"
@@ -52,7 +53,8 @@ struct Plan {
   // partition
   static constexpr int BLOCKS = 128, SPLITS = 16, GATHER_SPLITS = 2, TURN = 1;
   static constexpr int HEAD_TILES = 1, HEADS_PER_BLOCK = 2;
-  static constexpr int MAX_CONTEXT = 40960, CHUNKS = 320;
+  static constexpr int MAX_CONTEXT = 40960, CHUNKS = 320, CHUNK_BYTES = 65536;
+  static constexpr bool KV_FP8 = false;
   static constexpr int HIDDEN_PADDED = 1024;
   struct Qkv {
     static constexpr int ROWS = 4096, COLUMNS = 1024, COLUMNS_PADDED = 1024, UNIT = 8;
@@ -82,7 +84,7 @@ struct Plan {
   static constexpr int TRACE_EVENTS = 0;
   static constexpr bool TRACE = TRACE_EVENTS > 0;
   // stream
-  static constexpr int STAGES = 12, STAGE_BYTES = 16384, GROUP_FRAGMENTS = 4;
+  static constexpr int STAGES = 12, STAGE_BYTES = 16384, SLOT_BYTES = 16384, GROUP_FRAGMENTS = 4;
   static constexpr int IN_FLIGHT = 1, IN_FLIGHT_HEAD = 4;
   static constexpr int IN_FLIGHT_EXCHANGE = 1;
   static constexpr int PREFETCH = 8, PACE = 900;

@@ -392,7 +392,7 @@ def write_artifact(out: Path, plan: Plan, weights: artifact.Weights) -> None:
                 profile=plan.profile, blocks=plan.blocks, threads=1, shared_memory=0,
                 entry_points=targets.ENTRY_POINTS, operands=places, weights=weights,
                 weights_bytes=places[-1].offset + places[-1].bytes, slab_bytes=plan.slab_bytes,
-                kv_bytes=plan.kv_bytes, exchange_bytes=plan.exchanges.bytes, max_context=plan.max_context,
+                kv_dtype=plan.kv_dtype, kv_bytes=plan.kv_bytes, exchange_bytes=plan.exchanges.bytes, max_context=plan.max_context,
                 rope_scaling=None, stop_tokens=plan.spec.eos_tokens, knobs=plan.knobs, notes=(),
                 files=dict(writer.files),
             )
