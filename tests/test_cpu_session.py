@@ -22,15 +22,16 @@ from kogc.targets.detect import detect_cpu_profile
 from kogc.tokenizer import Tokenizer
 
 
-def build_small(directory: Path, family: str, **changes: Any) -> Path:
+def build_small(directory: Path, family: str, kv_dtype: str = "bf16", **changes: Any) -> Path:
     checkpoint = random_checkpoint.make(directory, family, tokenizer=True, **changes)
-    build(str(checkpoint), detect_cpu_profile(), directory / "artifact", BuildOptions(max_context=400))
+    options = BuildOptions(max_context=400, kv_dtype=kv_dtype)
+    build(str(checkpoint), detect_cpu_profile(), directory / "artifact", options)
     return directory / "artifact"
 
 
-@pytest.fixture(scope="module")
-def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build_small(tmp_path_factory.mktemp("llama"), "llama")
+@pytest.fixture(scope="module", params=["bf16", "fp8"])
+def artifact(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_small(tmp_path_factory.mktemp("llama"), "llama", request.param)
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +63,16 @@ def test_logits_do_not_depend_on_where_launches_are_cut(small: Session, monkeypa
     assert np.array_equal(small.logits(tokens), whole)
 
 
+def test_a_known_beginning_gives_what_a_cold_start_gives(small: Session) -> None:
+    small.reset()
+    first = small.generate([1, 5, 9, 40], 150, stop=())
+    prompt = [1, 5, 9, 40, *first.tokens[:140], 7, 8]
+    warm = small.generate(prompt, 40, stop=())
+    small.reset()
+    cold = small.generate(prompt, 40, stop=())
+    assert (warm.tokens, warm.cached_tokens, cold.cached_tokens) == (cold.tokens, 144, 0)
+
+
 def test_closing_a_stream_ends_the_kernel(small: Session) -> None:
     whole = small.generate([1, 5], 390, stop=()).tokens
     with small.stream([1, 5], 390, stop=()) as stream:
@@ -83,7 +94,10 @@ def test_bench_passes_its_own_comparison(artifact: Path, capsys: pytest.CaptureF
     result = run_bench(artifact, 8, (0, 200), repeat=1)
     assert result["comparison"]["passed"] is True
     assert all(test["tokens_per_second"] > 1 for test in result["tests"])
-    assert "tg8 @ d200" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "tg8 @ d200" in printed
+    fp8 = result["kv_dtype"] == "fp8"
+    assert (result["comparison"]["cache_error"] is not None) == ("costs a relative logit error" in printed) == fp8
 
 
 def test_bench_times_sampling(artifact: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -96,15 +110,17 @@ def test_comparison_sees_a_lost_position(small: Session, monkeypatch: pytest.Mon
     """The depth check is sensitive: one key and value that the reference reads as zero is far beyond the limit."""
     from kogc import compare as module
 
-    honest = module._past
+    honest = module._cached
 
-    def past(runtime: object, layer: int, positions: int) -> KeyValue:
-        keys, values = honest(small.runtime, layer, positions)
-        values[:, positions // 2] = 0
-        return keys, values
+    def cached(runtime: object, start: int, count: int) -> list[KeyValue]:
+        layers = honest(small.runtime, start, count)
+        if count == 40:
+            for _, values in layers:
+                values[:, 20] = 0
+        return layers
 
     assert compare(small.runtime, (40,)).problems == []
-    monkeypatch.setattr(module, "_past", past)
+    monkeypatch.setattr(module, "_cached", cached)
     assert any("depth 40: relative" in problem for problem in compare(small.runtime, (40,)).problems)
 
 
@@ -115,6 +131,9 @@ def test_comparison_sees_a_lost_position(small: Session, monkeypatch: pytest.Mon
         ("qwen3", {"head_dim": 128, "tie_word_embeddings": True}),
         ("qwen2", {"hidden_size": 192}),
         ("llama", {"dtype": "float16", "head_dim": 96}),
+        ("mistral", {"sliding_window": 37, "head_dim": 64, "kv_dtype": "fp8"}),
+        ("qwen3", {"head_dim": 128, "tie_word_embeddings": True, "kv_dtype": "fp8"}),
+        ("llama", {"dtype": "float16", "head_dim": 96, "kv_dtype": "fp8"}),
     ],
 )
 def test_families_agree_with_the_reference_at_depth(family: str, changes: dict[str, Any], tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ from kogc import artifact, rope, session, targets
 from kogc.checkpoint import open_checkpoint
 from kogc.errors import KogcError
 from kogc.importer import spec_from_dir
+from kogc.kv_layout import unpack_kv
 from kogc.packing import SlabWeights, operands
 from kogc.plan.plan import Options, Plan, make_plan
 from kogc.profile import load_profile
@@ -295,6 +296,22 @@ def test_fill_kv_fills_whole_chunks_of_every_head(machine: Machine, tmp_path: Pa
         assert not cache[:, 2].any()
 
 
+def test_fill_kv_of_fp8_differs_from_head_to_head_and_in_size(machine: Machine, tmp_path: Path) -> None:
+    """So that a kernel that reads another head, or another position's scale, is found out at depth."""
+    spec = dataclasses.replace(SPEC, kv_heads=2, max_context=300)
+    with open_runtime(make_program(machine.target, tmp_path, spec, kv_dtype="fp8")) as runtime:
+        plan = runtime.plan
+        runtime.fill_kv(129)
+        cache = runtime.download("kv", 0, plan.kv_bytes).reshape(4, 3, plan.chunk_bytes)
+        assert not cache[:, 2].any()
+        heads = [unpack_kv(plan, plan.target, head, 256) for head in cache]
+        for keys, values in heads:
+            for vectors in (keys, values):
+                sizes = np.abs(vectors).max(axis=1)
+                assert set(np.ceil(np.log2(sizes)).tolist()) >= {-1, 0, 1}
+        assert len({keys.tobytes() for keys, _ in heads}) == 4
+
+
 def test_close_gives_everything_back_and_may_come_twice(machine: Machine, tmp_path: Path) -> None:
     runtime = open_runtime(make_program(machine.target, tmp_path))
     opened = Session(runtime, None, ())
@@ -392,7 +409,8 @@ def write_artifact(out: Path, plan: Plan, weights: artifact.Weights) -> None:
                 profile=plan.profile, blocks=plan.blocks, threads=1, shared_memory=0,
                 entry_points=targets.ENTRY_POINTS, operands=places, weights=weights,
                 weights_bytes=places[-1].offset + places[-1].bytes, slab_bytes=plan.slab_bytes,
-                kv_dtype=plan.kv_dtype, kv_bytes=plan.kv_bytes, exchange_bytes=plan.exchanges.bytes, max_context=plan.max_context,
+                kv_dtype=plan.kv_dtype, kv_bytes=plan.kv_bytes, exchange_bytes=plan.exchanges.bytes,
+                max_context=plan.max_context,
                 rope_scaling=None, stop_tokens=plan.spec.eos_tokens, knobs=plan.knobs, notes=(),
                 files=dict(writer.files),
             )

@@ -56,8 +56,10 @@ def machine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     return install(request.param, monkeypatch)
 
 
-def make_program(target: str, path: Path, spec: ModelSpec = SPEC, weights: bytes | None = None) -> Program:
-    plan = make_plan(spec, load_profile(PROFILES[target]), Options(blocks=2))
+def make_program(
+    target: str, path: Path, spec: ModelSpec = SPEC, weights: bytes | None = None, kv_dtype: str = "bf16"
+) -> Program:
+    plan = make_plan(spec, load_profile(PROFILES[target]), Options(blocks=2, kv_dtype=kv_dtype))
     (path / "monokernel.bin").write_bytes(b"binary")
     if weights is not None:
         (path / "weights.bin").write_bytes(weights)
