@@ -13,6 +13,7 @@
 #include "cuda/stream.cuh"
 #include "cuda/matvec.cuh"
 #include "common/residual.h"
+#include "cuda/tiles.cuh"
 #include "cuda/attention.cuh"
 #include "common/attention.h"
 #include "common/splits.h"

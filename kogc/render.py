@@ -22,7 +22,7 @@ HEADERS = {
     "cuda": (
         "common/args.h", "cuda/machine.cuh", "cuda/bulk_copies.cuh", "common/spin.h", "common/numbers.h",
         "common/fp8.h", "common/exchange.h", "common/partition.h", "common/cache.h", "common/words.h", "common/trace.h",
-        "cuda/stream.cuh", "cuda/matvec.cuh", "common/residual.h", "cuda/attention.cuh",
+        "cuda/stream.cuh", "cuda/matvec.cuh", "common/residual.h", "cuda/tiles.cuh", "cuda/attention.cuh",
         "common/attention.h", "common/splits.h", "common/random.h", "common/choice.h", "common/logprobs.h",
         "common/threshold.h", "common/shortlist.h", "common/sampling.h", "common/decoder.h", "cuda/kernels.cuh",
         *PASSES,

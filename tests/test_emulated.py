@@ -542,7 +542,7 @@ ASYNC_BUGS = {
 }
 # What an FP8 cache adds, told from the model over the cache as stored: these are wrong in every order.
 FP8_BUGS = {
-    "a key with another's scale": ("fp8-pairs", "cuda/attention.cuh", "bytes >> i / 2 * 8 & 0xff", "bytes & 0xff"),
+    "a key with another's scale": ("fp8-pairs", "cuda/tiles.cuh", "bytes >> i / 2 * 8 & 0xff", "bytes & 0xff"),
     "a value without its scale": ("fp8-pairs", "cuda/attention.cuh", "scales[n].values(p[n]);", ""),
     "a new key with an old scale": (
         "fp8-pairs",

@@ -18,7 +18,7 @@ KOGC_DEVICE u16 float_to_fp8(float v) {
   const float magnitude = as_float(w);
   if (magnitude >= 448.0f) return (u16)(sign | 0x7e);
   if (magnitude < 0x1p-6f) return (u16)(sign | (as_word(magnitude + 0x1p14f) - as_word(0x1p14f)));  // the sum rounds it
-  return (u16)(sign | ((w + 0x7ffff + (w >> 20 & 1)) >> 20) - (120 << 3));
+  return (u16)(sign | (((w + 0x7ffff + (w >> 20 & 1)) >> 20) - (120 << 3)));
 }
 
 // On GPUs a word of four numbers becomes two operands of a product: bytes 0 and 2, bytes 1 and 3. Taken as BF16 without
