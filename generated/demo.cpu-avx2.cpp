@@ -44,6 +44,7 @@ struct Plan {
   static constexpr float INVERSE_SQRT_HEAD_DIM = 0.125f;
   static KOGC_DEVICE int window(int layer) { return 0; }
   static constexpr int TOKENS = 1;  // of a pass
+  static KOGC_DEVICE int rank() { return block(); }  // among the blocks that share phases and choices
   // partition
   static constexpr int BLOCKS = 4, SPLITS = 4, GATHER_SPLITS = 1, TURN = 1;
   static constexpr int HEAD_TILES = 1, HEADS_PER_BLOCK = 3;

@@ -30,6 +30,12 @@
 #include "cuda/pass_product.cuh"
 #include "cuda/pass_attention.cuh"
 #include "cuda/pass.cuh"
+#include "cuda/sample_layout.cuh"
+#include "cuda/sample_stream.cuh"
+#include "cuda/sample_product.cuh"
+#include "cuda/sample_attention.cuh"
+#include "cuda/sample_choice.cuh"
+#include "cuda/samples.cuh"
 
 namespace kogc {
 
@@ -51,6 +57,7 @@ struct Plan {
   static constexpr float INVERSE_SQRT_HEAD_DIM = 0.125f;
   static KOGC_DEVICE int window(int layer) { return 0; }
   static constexpr int TOKENS = 1;  // of a pass
+  static KOGC_DEVICE int rank() { return block(); }  // among the blocks that share phases and choices
   // partition
   static constexpr int BLOCKS = 128, SPLITS = 16, GATHER_SPLITS = 2, TURN = 1;
   static constexpr int HEAD_TILES = 1, HEADS_PER_BLOCK = 4;
@@ -106,6 +113,23 @@ struct Plan {
     struct GateUp { static constexpr int TILES = 1024, GROUPS = 128, SPLITS = 1, SLICE = 5; };
     struct Down { static constexpr int TILES = 128, GROUPS = 16, SPLITS = 8, SLICE = 5; };
   };
+  // samples: several continuations of a prompt
+  struct Samples {
+    static constexpr int TOKENS = 16, STAGES = 4, STAGE_BYTES = 51200, SWEEP_TILES = 16;
+    static constexpr int RING_OFFSET = 0, WORK_OFFSET = 204800, WORDS_OFFSET = 224768, REDUCE_OFFSET = 227840, BARRIERS_OFFSET = 228352;
+    static constexpr int WORDS_BYTES = 3072, IN_FLIGHT = 2;
+    static constexpr int BARRIER = 0, HALTED = 128, TOKENS_CHOSEN = 256, SQUARES = 384, RESIDUAL = 8576, NORMED = 139648, ATTENDED = 205184, HIDDEN = 270720, QKV_RESULTS = 532864, KEYS = 729472;
+    struct Qkv { static constexpr int SLICE = 16; static constexpr bool SPLIT = true; };
+    struct O { static constexpr int SLICE = 22; static constexpr bool SPLIT = true; };
+    struct GateUp { static constexpr int SLICE = 5; static constexpr bool SPLIT = false; };
+    struct Down { static constexpr int SLICE = 24; static constexpr bool SPLIT = true; };
+    struct Head { static constexpr int SLICE = 5; static constexpr bool SPLIT = false; };
+    static constexpr int CHOOSERS = 8, CHOICE_BYTES = 1710208;  // of a sample: blocks, and exchanges
+    struct Choice {
+      static constexpr int ROWS_LISTED = 16;
+      static constexpr int X_QKV = 0, X_PARTIAL = 12288, X_ATTENTION = 20992, X_O = 29184, X_HIDDEN = 37376, X_DOWN = 70144, X_KEYS = 78336, X_MAXIMA = 78464, X_SHORTLIST = 78592, X_HISTOGRAM = 79616, X_TOTALS = 145152, X_CANDIDATES = 169728, X_LOGITS = 171136, X_SCORES = 684160, X_SEEN = 1197184;
+    };
+  };
 };
 
 }  // namespace kogc
@@ -115,6 +139,9 @@ KOGC_KERNEL void KOGC_BOUNDS(288) kogc_generate(KOGC_PARAMETER kogc::KernelArgs 
 }
 KOGC_KERNEL void KOGC_BOUNDS(384) kogc_prompt(KOGC_PARAMETER kogc::KernelArgs args) {
   kogc::prompt<kogc::Plan>(args);
+}
+KOGC_KERNEL void KOGC_BOUNDS(384) kogc_samples(KOGC_PARAMETER kogc::SampleArgs args) {
+  kogc::samples<kogc::Plan>(args);
 }
 KOGC_KERNEL void kogc_fill(kogc::u16* to, kogc::u64 n, kogc::u32 seed, float amplitude, int fp16) { kogc::fill(to, n, seed, amplitude, fp16); }
 KOGC_KERNEL void KOGC_BOUNDS(288) kogc_read_ceiling(const void* from, kogc::u64 bytes, kogc::u32* sink) { kogc::read_ceiling<kogc::Plan>(from, bytes, sink); }

@@ -30,6 +30,12 @@
 #include "cuda/pass_product.cuh"
 #include "cuda/pass_attention.cuh"
 #include "cuda/pass.cuh"
+#include "cuda/sample_layout.cuh"
+#include "cuda/sample_stream.cuh"
+#include "cuda/sample_product.cuh"
+#include "cuda/sample_attention.cuh"
+#include "cuda/sample_choice.cuh"
+#include "cuda/samples.cuh"
 
 namespace kogc {
 
@@ -51,6 +57,7 @@ struct Plan {
   static constexpr float INVERSE_SQRT_HEAD_DIM = 0.08838834764831843f;
   static KOGC_DEVICE int window(int layer) { return 0; }
   static constexpr int TOKENS = 1;  // of a pass
+  static KOGC_DEVICE int rank() { return block(); }  // among the blocks that share phases and choices
   // partition
   static constexpr int BLOCKS = 128, SPLITS = 16, GATHER_SPLITS = 2, TURN = 1;
   static constexpr int HEAD_TILES = 1, HEADS_PER_BLOCK = 2;
@@ -106,6 +113,23 @@ struct Plan {
     struct GateUp { static constexpr int TILES = 384, GROUPS = 128, SPLITS = 1, SLICE = 8; };
     struct Down { static constexpr int TILES = 64, GROUPS = 16, SPLITS = 8, SLICE = 6; };
   };
+  // samples: several continuations of a prompt
+  struct Samples {
+    static constexpr int TOKENS = 16, STAGES = 4, STAGE_BYTES = 47104, SWEEP_TILES = 16;
+    static constexpr int RING_OFFSET = 0, WORK_OFFSET = 188416, WORDS_OFFSET = 226816, REDUCE_OFFSET = 229888, BARRIERS_OFFSET = 230400;
+    static constexpr int WORDS_BYTES = 3072, IN_FLIGHT = 2;
+    static constexpr int BARRIER = 0, HALTED = 128, TOKENS_CHOSEN = 256, SQUARES = 384, RESIDUAL = 8576, NORMED = 74112, ATTENDED = 106880, HIDDEN = 172416, QKV_RESULTS = 270720, KEYS = 532864;
+    struct Qkv { static constexpr int SLICE = 11; static constexpr bool SPLIT = true; };
+    struct O { static constexpr int SLICE = 22; static constexpr bool SPLIT = true; };
+    struct GateUp { static constexpr int SLICE = 11; static constexpr bool SPLIT = false; };
+    struct Down { static constexpr int SLICE = 24; static constexpr bool SPLIT = true; };
+    struct Head { static constexpr int SLICE = 5; static constexpr bool SPLIT = false; };
+    static constexpr int CHOOSERS = 8, CHOICE_BYTES = 1969536;  // of a sample: blocks, and exchanges
+    struct Choice {
+      static constexpr int ROWS_LISTED = 16;
+      static constexpr int X_QKV = 0, X_PARTIAL = 16384, X_ATTENTION = 24832, X_O = 33024, X_HIDDEN = 37120, X_DOWN = 49408, X_KEYS = 53504, X_MAXIMA = 53632, X_SHORTLIST = 53760, X_HISTOGRAM = 54784, X_TOTALS = 120320, X_CANDIDATES = 144896, X_LOGITS = 146304, X_SCORES = 754048, X_SEEN = 1361792;
+    };
+  };
 };
 
 }  // namespace kogc
@@ -115,6 +139,9 @@ KOGC_KERNEL void KOGC_BOUNDS(288) kogc_generate(KOGC_PARAMETER kogc::KernelArgs 
 }
 KOGC_KERNEL void KOGC_BOUNDS(384) kogc_prompt(KOGC_PARAMETER kogc::KernelArgs args) {
   kogc::prompt<kogc::Plan>(args);
+}
+KOGC_KERNEL void KOGC_BOUNDS(384) kogc_samples(KOGC_PARAMETER kogc::SampleArgs args) {
+  kogc::samples<kogc::Plan>(args);
 }
 KOGC_KERNEL void kogc_fill(kogc::u16* to, kogc::u64 n, kogc::u32 seed, float amplitude, int fp16) { kogc::fill(to, n, seed, amplitude, fp16); }
 KOGC_KERNEL void KOGC_BOUNDS(288) kogc_read_ceiling(const void* from, kogc::u64 bytes, kogc::u32* sink) { kogc::read_ceiling<kogc::Plan>(from, bytes, sink); }

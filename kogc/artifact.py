@@ -79,8 +79,8 @@ class Manifest:
     """All that the loader needs to know before it touches the device. Sizes in bytes, contexts in tokens.
 
     tools: version of the compiler by its name (`nvrtc`: `13.0`). entry_points: symbols of the binary by
-    purpose (`generate`, `fill`). hub: org/name@commit of a checkpoint from the hub. threads: of a block.
-    kv_dtype: of the KV cache, `bf16` or `fp8`.
+    purpose (`generate`, `fill`, `prompt`, `samples`). hub: org/name@commit of a checkpoint from the hub.
+    threads: of a block. kv_dtype: of the KV cache, `bf16` or `fp8`.
     """
 
     kogc: str

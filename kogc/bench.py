@@ -18,6 +18,7 @@ from . import trace as tracing
 from .compare import Comparison, compare, require
 from .errors import KogcError, UsageError
 from .plan.plan import Plan
+from .plan.samples import COLUMNS
 from .runtime import Request, Runtime
 from .sampling import GREEDY, Sampling
 from .session import load
@@ -61,6 +62,7 @@ def run_bench(
     steady: bool = False,
     sample: bool = False,
     prompts: Sequence[int] = (),
+    samples: Sequence[int] = (),
 ) -> dict[str, Any]:
     """Load an artifact, compare it with the reference, and time n tokens at each depth. Speeds in tokens/s, bytes/s.
 
@@ -68,17 +70,19 @@ def run_bench(
     is timed then) or a depth does not fit the context. phases, trace: also profile a tracing build of the same plan at
     the first depth, as a table or as a Chrome trace file; the speeds are the plain kernel's. steady: also time each of
     2,000 tokens from the first depth. sample: one more row at the first depth, with tokens drawn. prompts: also time
-    prompts of so many tokens, from an empty context.
+    prompts of so many tokens, from an empty context. samples: also time so many continuations together, at the first
+    depth.
     """
     with load(Path(artifact_dir), device, sampling=GREEDY) as session:
         runtime = session.runtime
-        _check(runtime.plan, n, depths, repeat, prompts)
-        comparison = compare(runtime, tuple(depths))
+        _check(runtime.plan, n, depths, repeat, prompts, samples)
+        comparison = compare(runtime, tuple(depths), samples=tuple(samples))
         require(comparison)
         ceiling = runtime.read_bandwidth()
         speeds = [_speed(runtime, depth, n, repeat, ceiling) for depth in depths]
         if sample:
             speeds.append(_speed(runtime, depths[0], n, repeat, ceiling, SAMPLED))
+        speeds += [_samples_speed(runtime, speeds[0], count, repeat, ceiling) for count in samples]
         speeds += [_prompt_speed(runtime, count, repeat) for count in prompts]
         result = _result(runtime, speeds, ceiling, repeat, comparison)
         evenness = watch(runtime, depths[0]) if steady else None
@@ -112,9 +116,15 @@ def table(result: dict[str, Any]) -> str:
     return "\n".join([line(rows[0]), rule, *map(line, rows[1:]), f"comparison: {result['comparison']['summary']}"])
 
 
-def _check(plan: Plan, n: int, depths: Sequence[int], repeat: int, prompts: Sequence[int]) -> None:
+def _check(
+    plan: Plan, n: int, depths: Sequence[int], repeat: int, prompts: Sequence[int], samples: Sequence[int]
+) -> None:
     if n < 1 or repeat < 1 or not depths or min(depths) < 0 or min(prompts, default=1) < 1:
         raise UsageError("bench needs at least one token, one repeat and one depth, none of them negative")
+    if samples and (min(samples) < 1 or max(samples) > COLUMNS):
+        raise UsageError(f"bench can make 1 to {COLUMNS} samples together")
+    if samples and plan.samples is None:
+        raise KogcError(f"--samples: {plan.spec.name} on {plan.profile.name} makes samples one after the other")
     wanted = {f"depth {max(depths)} and {n} tokens": max(depths) + 1 + n}
     wanted |= {f"a prompt of {count} tokens and one more": count + 1 for count in prompts}
     for what, longest in wanted.items():
@@ -139,6 +149,29 @@ def _speed(runtime: Runtime, depth: int, n: int, repeat: int, ceiling: float, sa
     spread = statistics.stdev(rates) if repeat > 1 else 0.0
     test = f"tg{n}" + (f" @ d{depth}" if depth else "") + ("" if sampling.greedy else " sampled")
     return Speed(test, depth, n, rate, spread, per_token, per_token * rate, per_token * rate / ceiling)
+
+
+def _samples_speed(runtime: Runtime, one: Speed, count: int, repeat: int, ceiling: float) -> Speed:
+    """`count` continuations together, each as the one stream of `one`: tokens per second, and how many times one's.
+
+    Bytes are those of a step: the weights and the prompt's keys and values once, and each sample's own.
+    """
+    plan, depth, n = runtime.plan, one.depth, one.n
+    runtime.fill_kv(depth)
+    request = Request((plan.spec.bos_token or 0,), start=depth, max_new=n)
+    rates = []
+    for _ in range(repeat + 1):  # the first launch also pays for loading code
+        made = sum(1 for _ in runtime.samples(request, count))
+        if made != n * count:
+            raise KogcError(f"the kernel made {made} of {n * count} tokens of {count} samples at depth {depth}")
+        rates.append(made / (runtime.last_timing / 1e3))
+    rate = statistics.median(rates[1:])
+    shared = plan.kv_bytes_read(depth)
+    step = plan.weight_bytes + shared + count * (_mean_kv_bytes(plan, depth, n) - shared)
+    spread = statistics.stdev(rates[1:]) if repeat > 1 else 0.0
+    speed = rate / count * step
+    test = f"{one.test} x{count} ({rate / one.tokens_per_second:.2f} times one)"
+    return Speed(test, depth, n, rate, spread, step / count, speed, speed / ceiling)
 
 
 def _prompt_speed(runtime: Runtime, n: int, repeat: int) -> Speed:

@@ -335,7 +335,7 @@ class _Job:
             blocks=plan.blocks,
             threads=plan.threads,
             shared_memory=plan.memory.bytes if plan.target != "cpu" else 0,
-            entry_points=targets.ENTRY_POINTS,
+            entry_points=targets.entry_points(plan),
             operands=tuple(operands(plan)),
             weights=weights,
             weights_bytes=total_bytes(plan),

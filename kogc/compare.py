@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -19,9 +19,12 @@ from .packing import SlabWeights
 from .plan.plan import CHUNK
 from .reference import KeyValue, Reference
 from .runtime import Request, Result, Runtime
+from .sampling import Sampling
 
 THREADS = 8  # that unpack what is read of a cache
 POSITIONS = 16  # teacher-forced from depth 0
+SAMPLE_TOKENS = 4  # of each sample
+SAMPLE_SEED = 1
 NEW_TOKENS = 16  # generated after them, for the test that two runs agree
 # Relative L2 error of a position's logits: the kernel rounds activations to the weights' type where the usual
 # implementations do, the reference nowhere; BF16 keeps 8 bits, FP16 11.
@@ -40,7 +43,8 @@ class Depth:
     """The comparison at one depth. relative_error: the worst position's, and its limit; both without unit.
 
     decided: positions whose best token is clear; agreeing: those of them where kernel and reference choose the same.
-    in_passes: what came before the positions went through the model in passes of many tokens.
+    in_passes: what came before the positions went through the model in passes of many tokens. samples: so many were
+    made together, of which one is compared.
 
     With an FP8 cache the reference sees the keys and values that the device has stored for the positions: rounded so
     coarsely, neighbours in FP32 become neighbours in E4M3, and logits would differ by that. Instead stored_error is the
@@ -57,19 +61,25 @@ class Depth:
     in_passes: bool = False
     stored_error: float | None = None
     cache_error: float | None = None
+    samples: int = 0
 
     @property
     def where(self) -> str:
-        return f"depth {self.depth}" + (" after passes" if self.in_passes else "")
+        after = " after passes" if self.in_passes else ""
+        return f"depth {self.depth}{after}" + (f" of {self.samples} samples" if self.samples else "")
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """`repeatable`: two launches gave the same bits. `consistent`: each token made is the best of its logits."""
+    """`repeatable`: two launches gave the same bits. `consistent`: each token made is the best of its logits.
+
+    independent: a sample's logits have the same bits when it is made alone.
+    """
 
     depths: tuple[Depth, ...]
     repeatable: bool
     consistent: bool
+    independent: bool = True
 
     @property
     def relative_error(self) -> float:
@@ -86,6 +96,8 @@ class Comparison:
         found = [] if self.repeatable else ["two runs of the same launch differ"]
         if not self.consistent:
             found.append("a generated token is not the best of its own logits")
+        if not self.independent:
+            found.append("a sample differs when it is made alone")
         for d in self.depths:
             if not d.relative_error <= d.limit:  # written so that NaN fails
                 error = f"relative logit error {d.relative_error:.2e} (limit {d.limit:.1e})"
@@ -122,16 +134,20 @@ class Comparison:
         )
 
 
-def compare(runtime: Runtime, depths: tuple[int, ...] = (), seed: int = 0) -> Comparison:
+def compare(runtime: Runtime, depths: tuple[int, ...] = (), seed: int = 0, samples: tuple[int, ...] = ()) -> Comparison:
     """Compare at depth 0, and at each other depth over a KV cache of random values. Overwrites the KV cache.
 
+    samples: also compare the last of so many samples that are made together, for each of these numbers.
     Takes about as long as reading the weights back and multiplying by them on the CPU, once a depth.
     """
     rng = np.random.default_rng(seed)
     weights = _weights(runtime)
     from_start, repeatable, consistent = _at_start(runtime, weights, rng)
     deeper = [_at_depth(runtime, weights, rng, d) for d in depths if d > 0]
-    return Comparison((*from_start, *deeper), repeatable, consistent)
+    sampled = [_of_samples(runtime, weights, rng, n) for n in samples]
+    repeatable &= all(repeated for _, repeated, _ in sampled)
+    independent = all(alone for _, _, alone in sampled)
+    return Comparison((*from_start, *deeper, *(d for d, _, _ in sampled)), repeatable, consistent, independent)
 
 
 def require(comparison: Comparison) -> None:
@@ -241,6 +257,29 @@ def _at_start(runtime: Runtime, weights: SlabWeights, rng: np.random.Generator) 
         after_passes = at_start if unrounded is None else expected()  # the cache has changed
         checks.append(after_passes.check(0, logits, in_passes=True))
     return checks, same, consistent
+
+
+def _of_samples(runtime: Runtime, weights: SlabWeights, rng: np.random.Generator, n: int) -> tuple[Depth, bool, bool]:
+    """The last of n samples after a prompt; whether a second run, and the sample alone, give the same bits."""
+    prompt = _tokens(runtime, rng, min(POSITIONS, runtime.plan.max_context - SAMPLE_TOKENS))
+    count = len(prompt)
+    first, second = (_samples(runtime, prompt, SAMPLE_SEED, n) for _ in range(2))
+    alone = _samples(runtime, prompt, SAMPLE_SEED + n - 1, 1)
+    (tokens, logits), own = first, slice(n - 1, n)
+    same = tokens == second[0] and np.array_equal(logits.view("u4"), second[1].view("u4"))
+    independent = tokens[own] == alone[0] and np.array_equal(logits[:, own].view("u4"), alone[1].view("u4"))
+    expected = Expected(weights, prompt + tuple(tokens[-1][:-1]), None)
+    found = expected.check(0, np.ascontiguousarray(logits[:, n - 1]), in_passes=count > 1)
+    return replace(found, samples=n), same, independent
+
+
+def _samples(runtime: Runtime, prompt: tuple[int, ...], seed: int, n: int) -> tuple[list[list[int]], F32]:
+    """Tokens of n samples, drawn, and float32[tokens][n][vocab] logits."""
+    request = Request(prompt, max_new=SAMPLE_TOKENS, sampling=Sampling(seed=seed), logits=True)
+    tokens: list[list[int]] = [[] for _ in range(n)]
+    for sample, token in runtime.samples(request, n):
+        tokens[sample].append(token)
+    return tokens, runtime.sample_logits(n, SAMPLE_TOKENS).copy()
 
 
 def _at_depth(runtime: Runtime, weights: SlabWeights, rng: np.random.Generator, depth: int) -> Depth:

@@ -8,6 +8,7 @@ from .plan.cpu_passes import CpuPasses
 from .plan.matvec import MatVec
 from .plan.passes import Passes
 from .plan.plan import Plan
+from .plan.samples import Samples
 
 DEPTHS = (0, 512, 4096, 32768)  # positions already in the KV cache for which a token's cost is shown
 
@@ -33,6 +34,7 @@ def phase_table(plan: Plan) -> dict[str, Any]:
         "shared_memory": _shared_memory(plan),
         "passes": _passes(plan.passes) if plan.passes else None,
         "cpu_passes": _cpu_passes(plan.cpu_passes) if plan.cpu_passes else None,
+        "samples": _samples(plan.samples) if plan.samples else None,
         "slab_bytes": plan.slab_bytes,
         "kv_dtype": plan.kv_dtype,
         "kv_cache_bytes": plan.kv_bytes,
@@ -105,6 +107,22 @@ def _cpu_passes(passes: CpuPasses) -> dict[str, Any]:
         "tokens": passes.tokens,
         "thread_bytes": passes.memory_bytes,
         "exchange_bytes": passes.tokens * passes.exchange_bytes,
+    }
+
+
+def _samples(samples: Samples) -> dict[str, Any]:
+    """How continuations are made together; `slice`: fragments of each unit of a phase in a stage."""
+    return {
+        "columns": samples.columns,
+        "stages": samples.stages,
+        "stage_bytes": samples.stage_bytes,
+        "in_flight": samples.in_flight,
+        "scratch_bytes": samples.scratch_bytes,
+        "choosers": samples.choosers,
+        "products": [
+            {"name": p.phase.name, "tiles_per_block": p.most_tiles, "slice": p.slice, "split": p.split}
+            for p in samples.products
+        ],
     }
 
 

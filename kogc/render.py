@@ -17,6 +17,10 @@ from .resources import data_dir
 PASSES = (  # left out where a block's memory does not hold a pass of many tokens
     "cuda/pass_layout.cuh", "cuda/pass_stream.cuh", "cuda/pass_product.cuh", "cuda/pass_attention.cuh", "cuda/pass.cuh",
 )  # fmt: skip
+SAMPLES = (  # left out where there are no passes, or a block's memory does not hold 16 columns of activations
+    "cuda/sample_layout.cuh", "cuda/sample_stream.cuh", "cuda/sample_product.cuh", "cuda/sample_attention.cuh",
+    "cuda/sample_choice.cuh", "cuda/samples.cuh",
+)  # fmt: skip
 # Where a header of the generated source is found, in the order of inclusion; `{target}` is the target's directory.
 HEADERS = {
     "cuda": (
@@ -25,7 +29,7 @@ HEADERS = {
         "cuda/stream.cuh", "cuda/matvec.cuh", "common/residual.h", "cuda/tiles.cuh", "cuda/attention.cuh",
         "common/attention.h", "common/splits.h", "common/random.h", "common/choice.h", "common/logprobs.h",
         "common/threshold.h", "common/shortlist.h", "common/sampling.h", "common/decoder.h", "cuda/kernels.cuh",
-        *PASSES,
+        *PASSES, *SAMPLES,
     ),
     "hip": (
         "hip/machine.h", "common/args.h", "common/spin.h", "common/numbers.h", "common/fp8.h", "hip/matrix.h",
@@ -55,9 +59,10 @@ class Rendered:
     headers: dict[str, str]
 
 
-def headers_of(profile: GpuProfile, passes: bool = True) -> tuple[str, ...]:
-    """The headers of a profile's sources, in the order of inclusion; with those of passes, if they are wanted."""
-    files = tuple(f for f in HEADERS[profile.target] if passes or f not in PASSES)
+def headers_of(profile: GpuProfile, passes: bool = True, samples: bool = True) -> tuple[str, ...]:
+    """The headers of a profile's sources, in the order of inclusion; with those of passes and samples, if wanted."""
+    left_out = (() if passes else PASSES) + (() if samples else SAMPLES)
+    files = tuple(f for f in HEADERS[profile.target] if f not in left_out)
     return files if profile.bulk_copies else tuple(f.replace("cuda/bulk_copies.cuh", ASYNC_COPIES) for f in files)
 
 
@@ -70,7 +75,7 @@ def render(plan: Plan) -> Rendered:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    files = headers_of(plan.profile, plan.passes is not None)
+    files = headers_of(plan.profile, plan.passes is not None, plan.samples is not None)
     source = environment.get_template("monokernel.jinja").render(
         plan=plan,
         headers=files,
@@ -84,6 +89,9 @@ def render(plan: Plan) -> Rendered:
         passes=plan.passes,
         cpu_passes=plan.cpu_passes,
         pass_phases=[(_struct(p.phase), p) for p in plan.passes.products] if plan.passes else [],
+        samples=plan.samples,
+        sample_phases=[(_struct(p.phase), p) for p in plan.samples.products] if plan.samples else [],
+        samples_rows_listed=rows_listed(plan.samples.choosers) if plan.samples else 0,
     )
     headers = {name: (data_dir("templates") / name).read_text() for name in files}
     return Rendered(f"{plan.spec.name}_{plan.profile.name}.{SUFFIX[plan.target]}", source, headers)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import operator
 import os
+import secrets
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -19,11 +20,12 @@ from numpy.typing import NDArray
 from .artifact import GENERATION_CONFIG, TOKENIZER, read_manifest
 from .errors import KogcError
 from .plan.plan import Plan
+from .plan.samples import COLUMNS as MOST_SAMPLES
 from .prefix_cache import PrefixCache
 from .runtime import Request, Runtime, open_runtime
 from .runtime.args import STOP_TOKENS, Logprobs
 from .runtime.program import open_program
-from .sampling import GREEDY, Sampling, sampling_from_config
+from .sampling import GREEDY, SEEDS, Sampling, sampling_from_config
 from .spec import ModelSpec
 from .stop_strings import StopStrings
 
@@ -198,20 +200,38 @@ class Session:
         KogcError for an empty prompt of a model without a begin token, for token ids outside the vocabulary, for
         a prompt that leaves no room in the context, and for stop strings that are empty or without a tokenizer.
         """
-        tokens = self._prompt(prompt)
-        room = self.max_context - len(tokens)
-        if room < 1:
-            raise KogcError(f"the prompt has {len(tokens)} tokens, the context {self.max_context}: no room to continue")
-        wanted = operator.index(max_new_tokens)
-        if wanted < 1:
-            raise KogcError(f"max_new_tokens: {wanted} must be at least 1")
-        stops = self.stop_tokens if stop is None else self._ids(stop, "stop")
-        if len(stops) > STOP_TOKENS:
-            raise KogcError(f"stop: {len(stops)} tokens, the kernel watches for at most {STOP_TOKENS}")
-        chosen = self.sampling if sampling is None else sampling
-        chosen.check_tokens(self.spec.vocab)
-        request = Request(tokens, 0, min(wanted, room), stops, sampling=chosen)
-        return Stream(self, request, self._stop_strings(stop_strings), "context" if wanted > room else "length")
+        request, at_limit = self._request(prompt, max_new_tokens, stop, sampling)
+        return Stream(self, request, self._stop_strings(stop_strings), at_limit)
+
+    def generate_many(
+        self,
+        prompt: str | Sequence[int],
+        n: int,
+        max_new_tokens: int = DEFAULT_NEW_TOKENS,
+        stop: Sequence[int] | None = None,
+        *,
+        stop_strings: Sequence[str] = (),
+        sampling: Sampling | None = None,
+    ) -> list[Generation]:
+        """n continuations of a prompt, 1 to 16 of them; see `stream` for the arguments. Sample i draws with seed + i.
+
+        Where the build has samples (`plan.samples`) they are made together: they share the prompt's keys and values and
+        every reading of the weights, and what each of them is does not depend on the others, to the bit. Elsewhere
+        (CPU, AMD GPUs, FP16 weights) they are made one after the other, each from the prompt that the first has left in
+        the cache. seconds of each Generation: what all took together.
+        """
+        count = operator.index(n)
+        if not 1 <= count <= MOST_SAMPLES:
+            raise KogcError(f"n: {count} is not from 1 to {MOST_SAMPLES}")
+        request, at_limit = self._request(prompt, max_new_tokens, stop, sampling)
+        if request.sampling.seed is None and not request.sampling.greedy:
+            request = replace(request, sampling=replace(request.sampling, seed=secrets.randbelow(SEEDS)))
+        stops = [self._stop_strings(stop_strings) for _ in range(count)]
+        if self.plan.samples is not None:
+            return Samples(self, request, stops, at_limit).run()
+        streams = [Stream(self, _drawn_with(request, i), own, at_limit) for i, own in enumerate(stops)]
+        made = [stream.result("".join(piece.text for piece in stream)) for stream in streams]
+        return [replace(one, seconds=sum(other.seconds for other in made)) for one in made]
 
     def logits(self, token_ids: Sequence[int]) -> NDArray[np.float32]:
         """Teacher-forced logits: row i, float32[vocab], is what follows token_ids[: i + 1]. Shape [n, vocab]."""
@@ -257,6 +277,25 @@ class Session:
     ) -> None:
         self.close()
 
+    def _request(
+        self, prompt: str | Sequence[int], max_new_tokens: int, stop: Sequence[int] | None, sampling: Sampling | None
+    ) -> tuple[Request, FinishReason]:
+        """What to launch, from the prompt's first token, and how a continuation of full length has ended."""
+        tokens = self._prompt(prompt)
+        room = self.max_context - len(tokens)
+        if room < 1:
+            raise KogcError(f"the prompt has {len(tokens)} tokens, the context {self.max_context}: no room to continue")
+        wanted = operator.index(max_new_tokens)
+        if wanted < 1:
+            raise KogcError(f"max_new_tokens: {wanted} must be at least 1")
+        stops = self.stop_tokens if stop is None else self._ids(stop, "stop")
+        if len(stops) > STOP_TOKENS:
+            raise KogcError(f"stop: {len(stops)} tokens, the kernel watches for at most {STOP_TOKENS}")
+        chosen = self.sampling if sampling is None else sampling
+        chosen.check_tokens(self.spec.vocab)
+        request = Request(tokens, 0, min(wanted, room), stops, sampling=chosen)
+        return request, "context" if wanted > room else "length"
+
     def _prompt(self, prompt: str | Sequence[int]) -> tuple[int, ...]:
         if isinstance(prompt, str):
             prompt = self._text_tokenizer().encode(prompt)
@@ -293,6 +332,29 @@ class Session:
         return tokens
 
 
+class Text:
+    """The text of a continuation, token by token, up to a stop string; nothing where there is no tokenizer."""
+
+    def __init__(self, tokenizer: Tokenizer | None, prompt: tuple[int, ...], stop: StopStrings) -> None:
+        self._decoder = tokenizer.stream(prompt[-CONTEXT_TOKENS:]) if tokenizer else None
+        self._stop = stop
+
+    @property
+    def stopped(self) -> bool:
+        """Whether a stop string has come."""
+        return self._stop.stopped
+
+    def add(self, token: int, stopped: bool, last: bool) -> str:
+        """What a token adds to the text: nothing if it `stopped` the generation; with the last, all that waited."""
+        if self._decoder is None:
+            return ""
+        text = "" if stopped else self._decoder.push(token)
+        if not last:
+            return self._stop.push(text)
+        # Bytes of a character that is never finished, and the beginning of a stop string that never came.
+        return self._stop.push(text + self._decoder.finish()) + self._stop.finish()
+
+
 class Stream(Iterator[Piece]):
     """The pieces of one continuation, in order. After the end (or close) `result` tells how it went."""
 
@@ -305,9 +367,7 @@ class Stream(Iterator[Piece]):
         self.seconds = 0.0  # on the device; known after the end
         self._runtime = session._runtime
         self._cached = session._cached
-        tokenizer = session.tokenizer
-        self._decoder = tokenizer.stream(request.prompt[-CONTEXT_TOKENS:]) if tokenizer else None
-        self._stop = stop
+        self._text = Text(session.tokenizer, request.prompt, stop)
         self._pieces = self._make(request)
 
     def __iter__(self) -> Stream:
@@ -347,8 +407,8 @@ class Stream(Iterator[Piece]):
                         self.logprobs.append(logprobs)
                     self.tokens.append(token)
                     stopped = token in request.stop
-                    text = self._text(token, stopped, stopped or len(self.tokens) == request.max_new)
-                    if stopped or self._stop.stopped:
+                    text = self._text.add(token, stopped, stopped or len(self.tokens) == request.max_new)
+                    if stopped or self._text.stopped:
                         self.finish_reason = "stop"
                         made.close()  # which tells a kernel that does not know of the string
                     yield Piece(token, text, logprobs)
@@ -356,12 +416,48 @@ class Stream(Iterator[Piece]):
                 made.close()
                 self.seconds = self._runtime.last_timing / 1e3
 
-    def _text(self, token: int, stopped: bool, last: bool) -> str:
-        """What a token adds to the text: nothing if it `stopped` the generation; with the last, all that waited."""
-        if self._decoder is None:
-            return ""
-        text = "" if stopped else self._decoder.push(token)
-        if not last:
-            return self._stop.push(text)
-        # Bytes of a character that is never finished, and the beginning of a stop string that never came.
-        return self._stop.push(text + self._decoder.finish()) + self._stop.finish()
+
+class Samples:
+    """Several continuations of a prompt in one launch."""
+
+    def __init__(self, session: Session, request: Request, stops: list[StopStrings], at_limit: FinishReason) -> None:
+        self._runtime, self._cached, self._request = session._runtime, session._cached, request
+        self._texts = [Text(session.tokenizer, request.prompt, stop) for stop in stops]
+        self._made = [Generation([], "", len(request.prompt), 0.0, at_limit) for _ in stops]
+        self._parts: list[list[str]] = [[] for _ in stops]
+        self._ended = [False for _ in stops]
+
+    def run(self) -> list[Generation]:
+        request, prompt = self._request, self._request.prompt
+        with self._cached.continuing(prompt, self._made[0].tokens) as start:
+            rest = replace(request, prompt=prompt[start:], start=start, history=prompt[:start])
+            for sample, token in self._runtime.samples(rest, len(self._made)):
+                self._take(sample, token)
+        seconds = self._runtime.last_timing / 1e3
+        return [
+            replace(one, text="".join(parts), seconds=seconds, cached_tokens=start)
+            for one, parts in zip(self._made, self._parts, strict=True)
+        ]
+
+    def _take(self, sample: int, token: int) -> None:
+        """A token of a sample; what the kernel makes before it hears of a stop string is left out."""
+        if self._ended[sample]:
+            return
+        request, made, text = self._request, self._made[sample], self._texts[sample]
+        if request.sampling.logprobs is not None:
+            made.logprobs.append(self._runtime.logprobs(sample * request.max_new + len(made.tokens)))
+        made.tokens.append(token)
+        stopped = token in request.stop
+        self._parts[sample].append(text.add(token, stopped, stopped or len(made.tokens) == request.max_new))
+        if stopped or text.stopped:
+            self._ended[sample] = True
+            self._made[sample] = replace(made, finish_reason="stop")
+            self._runtime.end_sample(sample)
+
+
+def _drawn_with(request: Request, sample: int) -> Request:
+    """The request of one sample."""
+    seed = request.sampling.seed
+    if seed is None:
+        return request
+    return replace(request, sampling=replace(request.sampling, seed=(seed + sample) % SEEDS))

@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -20,9 +21,10 @@ from kogc import rope
 from kogc.checkpoint import open_checkpoint
 from kogc.packing import operands, write_weights
 from kogc.plan.plan import Plan
+from kogc.plan.samples import own_pages, page_bytes
 from kogc.render import render
 from kogc.resources import data_dir
-from kogc.runtime.args import REPORT_WORDS, Logprobs, bias_words, kernel_args, read_record, record_words
+from kogc.runtime.args import REPORT_WORDS, Logprobs, bias_words, kernel_args, read_record, record_words, sample_args
 from kogc.sampling import GREEDY, Sampling
 
 STATUS = {1: "stalled", 2: "threads wait at a barrier for ever", 3: "violation", -1: "no memory for the stacks"}
@@ -114,12 +116,26 @@ class Buffer:
             raise EmulatorError(f"a write past the end of {name}")
 
 
-class Emulated:
-    """A plan and its packed checkpoint on the emulated machine. The KV cache lives as long as this object."""
+@dataclass(frozen=True)
+class SampledTokens:
+    """Of each sample: its tokens, the logits that each was chosen from [made, vocab], and log-probabilities."""
 
-    def __init__(self, plan: Plan, checkpoint: Path, patch: Patch | None = None) -> None:
-        self.plan = plan
-        self.library = ctypes.CDLL(str(build(plan, patch)))
+    tokens: list[list[int]]
+    logits: list[np.ndarray]
+    logprobs: list[list[Logprobs]]
+
+
+class Emulated:
+    """A plan and its packed checkpoint on the emulated machine. The KV cache lives as long as this object.
+
+    samples: compile that entry too, which takes as long as all else.
+    """
+
+    def __init__(self, plan: Plan, checkpoint: Path, patch: Patch | None = None, samples: bool = False) -> None:
+        self.plan = replace(plan)  # with nothing derived yet
+        if not samples:
+            self.plan.__dict__["samples"] = None
+        self.library = ctypes.CDLL(str(build(self.plan, patch)))
         self.buffers = _load_operands(plan, checkpoint)
         self.buffers["kv"] = Buffer(plan.kv_bytes)
         self.report = [0] * REPORT_WORDS
@@ -166,6 +182,59 @@ class Emulated:
         )
         self.report = own["report"].bytes.view(np.uint32).tolist()
         self._check(status, message, buffers)
+
+    def samples(
+        self,
+        token: int,
+        n: int,
+        new: int,
+        stop: Sequence[int] = (),
+        seed: int = 1,
+        start: int = 0,
+        halt: Sequence[int] = (),
+        sampling: Sampling = GREEDY,
+        history: Sequence[int] = (),
+    ) -> SampledTokens:
+        """n continuations of at most `new` tokens each, from `token` at position `start` on.
+
+        halt: samples that the host has asked to end before the launch. `seed` is that of the order of threads.
+        """
+        plan, cut, words, bias = self.plan, self.plan.samples, record_words(sampling), bias_words(sampling)
+        assert cut
+        pages = own_pages(start, new)
+        own = {
+            "prompt": Buffer(4 * (len(history) + 1)),
+            "tokens": Buffer(4 * n * new, 0xFF),
+            "report": Buffer(4 * REPORT_WORDS),
+            "scratch": Buffer(cut.scratch_bytes),
+            "records": Buffer(4 * n * new * words),
+            "bias": Buffer(bias.nbytes),
+            "pages": Buffer(n * pages * page_bytes(plan)),
+            "stop_words": Buffer(4 * n),
+            "choices": Buffer(n * cut.choice.bytes),
+            "logits_log": Buffer(4 * n * new * plan.spec.vocab, 0xFF),
+        }
+        own["prompt"].bytes.view(np.int32)[:] = (*history, token)
+        own["bias"].bytes[:] = bias.view(np.uint8).reshape(-1)
+        own["stop_words"].bytes.view(np.int32)[list(halt)] = 1
+        buffers = {**self.buffers, **own}
+        pointers = {name: b.address for name, b in buffers.items()}
+        pointers["prompt"] += 4 * len(history)
+        args = sample_args(pointers, n, pages, start, new, stop, sampling, len(history))
+        message = ctypes.create_string_buffer(200)
+        status = self.library.kogc_emulate_samples(
+            ctypes.byref(args), plan.blocks, cut.threads, cut.memory_bytes, ctypes.c_uint64(seed), message
+        )
+        self.report = own["report"].bytes.view(np.uint32).tolist()
+        self._check(status, message, buffers)
+        tokens = [[t for t in row if t >= 0] for row in own["tokens"].bytes.view(np.int32).reshape(n, new).tolist()]
+        logits = own["logits_log"].bytes.view(np.float32).reshape(new, n, -1)
+        records = own["records"].bytes.view(np.int32).reshape(n, new, -1) if words else np.empty((n, 0, 0), np.int32)
+        return SampledTokens(
+            tokens,
+            [logits[: len(made), i].copy() for i, made in enumerate(tokens)],
+            [[read_record(record) for record in records[i][: len(made)]] for i, made in enumerate(tokens)],
+        )
 
     def fill(self, n: int, seed: int, amplitude: float) -> np.ndarray:
         """What kogc_fill makes of n BF16 elements: float32 [n]."""

@@ -69,7 +69,8 @@ def test_manifest_says_what_the_issue_of_a_loader_needs(built: Path, checkpoint:
     manifest = read_manifest(built)
     assert (manifest.target, manifest.arch, manifest.blocks, manifest.tools) == ("cuda", "sm_90a", 3, {"stub": "1.0"})
     assert manifest.config_sha256 == artifact.hash_file(checkpoint / "config.json").sha256
-    assert manifest.entry_points == {"generate": "kogc_generate", "fill": "kogc_fill"}
+    names = ("generate", "fill", "prompt", "samples")
+    assert manifest.entry_points == {name: f"kogc_{name}" for name in names}
     assert manifest.stop_tokens == manifest.spec.eos_tokens == (2,)
     assert manifest.weights_bytes == (built / "weights.bin").stat().st_size
     plan = manifest.plan()

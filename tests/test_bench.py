@@ -93,6 +93,22 @@ class NumpyRuntime:
         token = int(logits[-1].argmax()) ^ self.wrong_token
         return Result([token] * request.max_new, logits if request.logits else None, 1.0 + self.launches % 3)
 
+    def samples(self, request: Request, n: int) -> Iterator[tuple[int, int]]:
+        """Sample i takes, of each position's tokens, the one that lies seed + i after the best."""
+        self.launches += 1
+        self.of_samples = np.empty((request.max_new, n, self.plan.spec.vocab), np.float32)
+        for i in range(n):
+            tokens = list(request.prompt)
+            for step in range(request.max_new):
+                logits = self.spoil(request, self.reference.logits(tuple(tokens))[-1:], self.launches)
+                self.of_samples[step, i] = logits[0]
+                tokens.append((int(logits.argmax()) + (request.sampling.seed or 0) + i) % self.plan.spec.vocab)
+                yield i, tokens[-1]
+        self.last_timing = 1.0
+
+    def sample_logits(self, n: int, max_new: int) -> Any:
+        return self.of_samples
+
     def read_bandwidth(self) -> float:
         return 1e9
 
@@ -162,6 +178,34 @@ def test_a_wrong_vector_in_an_fp8_cache_is_found() -> None:
 
     runtime.spoil_cache = spoil
     assert any("a stored key or value is off by 1.0" in problem for problem in compare(runtime).problems)
+
+
+def test_samples_are_compared() -> None:
+    found = compare(make_runtime("cuda"), samples=(2, 5))
+    assert found.problems == []
+    assert [(d.samples, d.positions) for d in found.depths if d.samples] == [(2, 4), (5, 4)]
+
+
+@pytest.mark.parametrize(
+    ("spoilt", "problem"),
+    [
+        (lambda request, launch: request.sampling.seed is not None, "of 3 samples: relative logit error"),
+        (lambda request, launch: request.sampling.seed == 3, "a sample differs when it is made alone"),
+        (lambda request, launch: request.sampling.seed == 1 and launch % 2, "two runs of the same launch differ"),
+    ],
+)
+def test_wrong_samples_are_noticed(spoilt: Any, problem: str) -> None:
+    runtime = make_runtime("cuda")
+    runtime.spoil = error_of(0.05, spoilt)
+    assert [p for p in compare(runtime, samples=(3,)).problems if problem in p]
+
+
+def test_samples_are_timed_beside_one_stream(runtime: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runtime, "plan", make_runtime("cuda").plan)
+    speeds = run_bench("unused", 4, (0,), samples=(2, 5))["tests"]
+    assert [speed["test"].split(" (")[0] for speed in speeds] == ["tg4", "tg4 x2", "tg4 x5"]
+    assert speeds[2]["tokens_per_second"] == pytest.approx(5 * 4 / 1e-3)
+    assert speeds[2]["bytes_per_token"] < speeds[0]["bytes_per_token"] / 4
 
 
 def test_what_passes_leave_in_the_cache_is_compared() -> None:
@@ -281,7 +325,7 @@ def test_a_depth_beyond_the_context_is_refused(runtime: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    "arguments", [{"n": 0}, {"depths": ()}, {"depths": (-1,)}, {"repeat": 0}, {"prompts": (64, 0)}]
+    "arguments", [{"n": 0}, {"depths": ()}, {"depths": (-1,)}, {"repeat": 0}, {"prompts": (64, 0)}, {"samples": (17,)}]
 )
 def test_senseless_arguments_are_refused(runtime: Any, arguments: dict[str, Any]) -> None:
     with pytest.raises(UsageError):

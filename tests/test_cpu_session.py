@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from kogc.build import BuildOptions, build
 from kogc.compare import compare
 from kogc.errors import KogcError
 from kogc.reference import KeyValue
+from kogc.sampling import Sampling
 from kogc.session import Session
 from kogc.targets.detect import detect_cpu_profile
 from kogc.tokenizer import Tokenizer
@@ -71,6 +73,21 @@ def test_a_known_beginning_gives_what_a_cold_start_gives(small: Session) -> None
     small.reset()
     cold = small.generate(prompt, 40, stop=())
     assert (warm.tokens, warm.cached_tokens, cold.cached_tokens) == (cold.tokens, 144, 0)
+
+
+def test_samples_are_those_of_one_stream_each(small: Session) -> None:
+    drawn = Sampling(seed=(1 << 64) - 2, top_k=50, repetition_penalty=1.2)
+    made = small.generate_many([1, 5, 9], 3, 20, stop=(), sampling=drawn)
+    for one, seed in zip(made, ((1 << 64) - 2, (1 << 64) - 1, 0), strict=True):
+        alone = small.generate([1, 5, 9], 20, stop=(), sampling=replace(drawn, seed=seed))
+        assert (one.tokens, one.text) == (alone.tokens, alone.text)
+    assert len({tuple(one.tokens) for one in made}) == 3
+    assert {one.seconds for one in made} == {made[0].seconds} != {0}
+
+
+def test_samples_in_a_bench_need_a_build_that_makes_them_together(artifact: Path) -> None:
+    with pytest.raises(KogcError, match="--samples: .* makes samples one after the other"):
+        run_bench(artifact, 4, (0,), samples=(2,))
 
 
 def test_closing_a_stream_ends_the_kernel(small: Session) -> None:

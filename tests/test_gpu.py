@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,9 @@ from numpy.typing import NDArray
 import kogc
 from kogc.bench import run_bench
 from kogc.build import BuildOptions, build
+from kogc.prefix_cache import shared_length
 from kogc.runtime import Request
+from kogc.sampling import Sampling
 from kogc.session import Session
 from kogc.targets.detect_cuda import detect_cuda_profile
 
@@ -233,6 +235,80 @@ def test_an_fp8_cache_is_as_exact_as_what_it_stores(fp8: Model) -> None:
     assert relative(after, over[-1:]) <= 1.5 * relative(half[-1:], plain[-1:])  # of one position: both are noise
 
 
+DRAWN = Sampling(seed=3, temperature=0.8)
+
+
+def samples(model: Model, prompt: list[int], n: int, count: int, sampling: Sampling) -> tuple[list[list[int]], F32]:
+    """Tokens of n samples, and float32[count][n][vocab] logits from which they were chosen."""
+    runtime = model.session.runtime
+    made: list[list[int]] = [[] for _ in range(n)]
+    for sample, token in runtime.samples(Request(tuple(prompt), max_new=count, sampling=sampling, logits=True), n):
+        made[sample].append(token)
+    return made, np.array(runtime.sample_logits(n, count))
+
+
+def check_samples(model: Model, length: int, n: int, count: int) -> None:
+    """Each sample's logits as exact as BF16, and the same bits alone and again."""
+    prompt = random_tokens(model.session, length)
+    made, logits = samples(model, prompt, n, count, DRAWN)
+    again, same = samples(model, prompt, n, count, DRAWN)
+    assert again == made
+    assert np.array_equal(same.view(np.uint32), logits.view(np.uint32))
+    for i in (0, n - 1):
+        tokens = prompt + made[i][:-1]
+        exact, bf16 = (model.reference(tokens, dtype)[length - 1 :] for dtype in (torch.float32, torch.bfloat16))
+        assert relative(logits[:, i], exact) <= 1.2 * relative(bf16, exact)
+        alone, own = samples(model, prompt, 1, count, replace(DRAWN, seed=3 + i))
+        assert alone == [made[i]]
+        assert np.array_equal(own[:, 0].view(np.uint32), logits[:, i].view(np.uint32))
+
+
+def test_small_models_in_samples(small: Model) -> None:
+    """Past the end of a page, with half of the columns and with all of them."""
+    if small.session.plan.samples is None:
+        assert small.session.spec.dtype == "fp16"
+        return
+    check_samples(small, 120, 3, 20)
+    check_samples(small, 250, 16, 12)
+
+
+@pytest.mark.timeout(900)
+def test_full_size_in_samples(full: Model) -> None:
+    check_samples(full, 120, 8, 16)
+
+
+def test_samples_take_little_longer_than_one_stream(full: Model) -> None:
+    """Together many times the tokens per second of one, and what has ended costs nothing more."""
+    prompt = random_tokens(full.session, 129)
+    session = full.session
+    one = min(session.generate(prompt, 256, stop=()).seconds for _ in range(3))
+    for n, times in ((8, 2), (16, 4)):
+        made = min(session.generate_many(prompt, n, 256, stop=())[0].seconds for _ in range(3))
+        assert n * one / made > times
+    drawn = session.generate_many(prompt, 4, 256, stop=(), sampling=DRAWN)
+    stop = [row.tokens[5] for row in drawn]
+    ended = session.generate_many(prompt, 4, 256, stop=stop, sampling=DRAWN)
+    assert all(row.finish_reason == "stop" for row in ended)
+    assert ended[0].seconds < drawn[0].seconds / 4
+
+
+def test_samples_are_chosen_as_single_streams_are(full: Model) -> None:
+    prompt = random_tokens(full.session, 100)
+    everything = Sampling(
+        temperature=0.8, top_k=40, top_p=0.95, min_p=0.001, repetition_penalty=1.1, presence_penalty=0.1,
+        frequency_penalty=0.1, logit_bias=((5, 1.0),), seed=8, logprobs=3,
+    )  # fmt: skip
+    together = full.session.generate_many(prompt, 16, 24, stop=(), sampling=everything)
+    alike = 0
+    for i, sample in enumerate(together):
+        alone = full.session.generate(prompt, 24, stop=(), sampling=replace(everything, seed=8 + i))
+        agreed = shared_length(sample.tokens, alone.tokens)
+        alike += agreed  # logits differ in their last bits, so a choice may once in a while
+        for ours, theirs in zip(sample.logprobs[:agreed], alone.logprobs, strict=False):
+            assert abs(ours.chosen - theirs.chosen) < 0.1
+    assert alike > 0.8 * 16 * 24
+
+
 def test_ten_turns_are_as_ten_cold_starts(full: Model) -> None:
     """The same tokens, and a turn costs what is new in it, not what came before."""
     session, turns = full.session, []
@@ -294,7 +370,7 @@ def test_stop_tokens_end_a_generation(small: Model) -> None:
 def test_bench_of_dummy_weights(spec: str, tmp_path: Path) -> None:
     assert PROFILE is not None
     build(spec, PROFILE, tmp_path / "a", BuildOptions(max_context=1024, dummy_weights=True))
-    result = run_bench(tmp_path / "a", 64, (0, 500))
+    result = run_bench(tmp_path / "a", 64, (0, 500), samples=(2, 16))
     assert result["comparison"]["passed"] is True
     assert 1e12 < result["ceiling_bytes_per_second"] < 6e12
     assert all(test["tokens_per_second"] > 100 for test in result["tests"])

@@ -407,7 +407,7 @@ def write_artifact(out: Path, plan: Plan, weights: artifact.Weights) -> None:
                 kogc=kogc.__version__, tools={"nvrtc": "13.0"}, model=plan.spec.name, spec=plan.spec,
                 config_sha256=None, hub=None, target=plan.target, arch=plan.profile.arch, sms=plan.profile.sms,
                 profile=plan.profile, blocks=plan.blocks, threads=1, shared_memory=0,
-                entry_points=targets.ENTRY_POINTS, operands=places, weights=weights,
+                entry_points=targets.entry_points(plan), operands=places, weights=weights,
                 weights_bytes=places[-1].offset + places[-1].bytes, slab_bytes=plan.slab_bytes,
                 kv_dtype=plan.kv_dtype, kv_bytes=plan.kv_bytes, exchange_bytes=plan.exchanges.bytes,
                 max_context=plan.max_context,

@@ -119,7 +119,7 @@ def test_a_session_stops_at_the_string(tokenizer: Tokenizer) -> None:
         stream = session.stream("x", len(tokens), stop_strings=stops)
         pieces = []
         for piece in stream:
-            assert runtime.closed == stream._stop.stopped, "the kernel is told before the reader is"
+            assert runtime.closed == stream._text.stopped, "the kernel is told before the reader is"
             pieces.append(piece.text)
         made = stream.result("".join(pieces))
         assert made.text == expected, (text, stops)

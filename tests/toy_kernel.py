@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from kogc.runtime.args import KernelArgs
+from kogc.runtime.args import KernelArgs, SampleArgs
 
 
 def next_token(token: int, position: int, vocab: int) -> int:
@@ -46,6 +46,7 @@ class ToyKernel:
         self.delay = 0.0
         self.stall: list[int] | None = None
         self.fail = 0
+        self.diverge = False  # whether each of several samples goes a way of its own
         self.launches: list[SimpleNamespace] = []
         self._ahead: list[int] = []  # of the prompt, what passes of many tokens have taken
 
@@ -79,6 +80,31 @@ class ToyKernel:
             if token in stop or ints(args.stop_word, 1)[0]:
                 break
         self.launches[-1].made = made
+        return self.fail
+
+    def run_samples(self, args: SampleArgs) -> int:
+        """The toy model's continuation for each sample; sample i makes a token in every turn until it ends."""
+        ahead, self._ahead = self._ahead, []
+        token, n, new = int(ints(args.prompt, 1)[0]), args.n_samples, args.max_new
+        assert args.n_prompt == 1
+        assert args.pages
+        launch = SimpleNamespace(prompt=[*ahead, token], start=args.start - len(ahead), samples=n, max_new=new)
+        launch.in_passes, launch.stop = len(ahead), list(args.stop[: args.n_stop])
+        self.launches.append(launch)
+        self._note_sampling(args)
+        last, live = [token] * n, set(range(n))
+        for step in range(new):
+            time.sleep(self.delay)
+            for i in sorted(live):
+                last[i] = next_token(last[i], args.start + step + (i if self.diverge else 0), self.vocab)
+                if args.records:
+                    self._write_record(args, i * new + step, last[i])
+                ints(args.tokens, n * new)[i * new + step] = last[i]
+                if last[i] in launch.stop or ints(args.stop_words, n)[i]:
+                    live.discard(i)
+            if not live:
+                break
+        launch.steps = step + 1
         return self.fail
 
     def _note_sampling(self, args: KernelArgs) -> None:
@@ -309,15 +335,16 @@ class ToyDriver:
         assert len(rest) == 9, "grid, block, shared memory, stream, parameters"
         assert rest[6] == self.shared[function], "shared memory beyond the default is opted into before the launch"
         pointer = ctypes.cast(rest[8], ctypes.POINTER(ctypes.c_void_p))[0]
-        args = KernelArgs.from_buffer_copy(KernelArgs.from_address(pointer))
+        kind = SampleArgs if function == b"kogc_samples" else KernelArgs
+        args = kind.from_buffer_copy(kind.from_address(pointer))
         if function == b"kogc_prompt":
             assert args.scratch
             self.kernel.take_passes(args)
             return (Status.CUDA_SUCCESS,)
-        assert function == b"kogc_generate"
+        run: Any = {b"kogc_generate": self.kernel.run, b"kogc_samples": self.kernel.run_samples}[function]
 
         def work() -> None:
-            failed = self.kernel.run(args)
+            failed = run(args)
             self._status = Status.CUDA_ERROR_LAUNCH_FAILED if failed else Status.CUDA_SUCCESS
 
         self._thread = threading.Thread(target=work)

@@ -21,6 +21,15 @@ def _prompts(ctx: click.Context, param: click.Parameter, value: str | None) -> l
     return [] if value is None else _numbers(value, 1, "numbers of tokens such as 512,4096")
 
 
+def _samples(ctx: click.Context, param: click.Parameter, value: str | None) -> list[int]:
+    from ..plan.samples import COLUMNS
+
+    numbers = [] if value is None else _numbers(value, 1, "numbers of samples such as 8,16")
+    if max(numbers, default=1) > COLUMNS:
+        raise click.BadParameter(f"{value}: at most {COLUMNS} samples are made together")
+    return numbers
+
+
 def _numbers(value: str, least: int, what: str) -> list[int]:
     try:
         numbers = [int(word) for word in value.split(",")]
@@ -62,6 +71,7 @@ def _knobs(words: tuple[str, ...]) -> Knobs | None:
 @click.option("-n", "count", type=click.IntRange(min=1), default=128, show_default=True, help="Tokens to generate.")
 @click.option("-d", "depths", default="0,512,4096", show_default=True, callback=_depths, help="Context depths.")
 @click.option("-p", "prompts", metavar="LIST", callback=_prompts, help="Also time prompts of so many tokens.")
+@click.option("--samples", metavar="LIST", callback=_samples, help="Also time so many continuations together.")
 @click.option("--repeat", type=click.IntRange(min=1), default=3, show_default=True, help="Timed runs of each depth.")
 @click.option("--sample", is_flag=True, help="Also time tokens that are drawn, with filters and penalties.")
 @click.option("--steady", is_flag=True, help="Also time each of 2,000 tokens, from the first depth.")
@@ -79,6 +89,7 @@ def command(
     count: int,
     depths: list[int],
     prompts: list[int],
+    samples: list[int],
     repeat: int,
     sample: bool,
     steady: bool,
@@ -100,6 +111,7 @@ def command(
         "n": count,
         "depths": depths,
         "prompts": prompts,
+        "samples": samples,
         "repeat": repeat,
         "phases": phases,
         "trace": trace,

@@ -29,7 +29,15 @@ def command(model: str, gpu: str, max_context: int | None, blocks: int | None, k
         return
     for note in prepared.notes:
         remark(note)
-    tables = [_head(data), _phases(data), _exchanges(data), *_shared_memory(data), *_passes(data), _costs(data)]
+    tables = [
+        _head(data),
+        _phases(data),
+        _exchanges(data),
+        *_shared_memory(data),
+        *_passes(data),
+        *_samples(data),
+        _costs(data),
+    ]
     click.echo("\n\n".join(tables))
 
 
@@ -90,6 +98,20 @@ def _passes(data: dict[str, Any]) -> list[str]:
     rows = [(p["name"], *(p[name] for name in names), size(p["traffic"])) for p in passes["products"]]
     head = ("phase", "groups", "splits", "tiles/block", "fragments/block", "in a stage", "moved/block")
     return [f"{title}, {size(passes['scratch_bytes'])} to work in\n{table(head, rows)}"]
+
+
+def _samples(data: dict[str, Any]) -> list[str]:
+    from .output import size, table
+
+    samples = data["samples"]
+    if not samples:
+        return ["samples: one after the other"]
+    ring = f"ring of {samples['stages']} stages of {samples['stage_bytes']:,}, {samples['in_flight']} in flight"
+    title = f"samples: up to {samples['columns']} together, {ring}, {size(samples['scratch_bytes'])} to work in"
+    rows = [
+        (p["name"], p["tiles_per_block"], p["slice"], "columns" if p["split"] else "rows") for p in samples["products"]
+    ]
+    return [f"{title}\n{table(('phase', 'tiles/block', 'in a stage', 'warps share'), rows)}"]
 
 
 def _costs(data: dict[str, Any]) -> str:

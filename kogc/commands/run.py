@@ -26,6 +26,7 @@ COUNT_HELP = f"Most tokens to make [{DEFAULT_COUNT}; with --chat, of an answer: 
 @click.option("--chat", is_flag=True, help="Converse: a line of stdin is a turn.")
 @click.option("--system", metavar="TEXT", help="With --chat: the system message.")
 @click.option("-n", "count", type=click.IntRange(min=1), metavar="N", help=COUNT_HELP)
+@click.option("--samples", type=click.IntRange(1, 16), metavar="N", help="Make N continuations together, 1 to 16.")
 @click.option("--temperature", type=float, metavar="T", help="Divides the logits; 0: the largest is taken.")
 @click.option("--top-k", type=int, metavar="K", help="Draw among the K likeliest tokens; 0: all.")
 @click.option("--top-p", type=float, metavar="P", help="Draw among the likeliest tokens that reach probability P.")
@@ -45,6 +46,7 @@ def command(
     chat: bool,
     system: str | None,
     count: int | None,
+    samples: int | None,
     greedy: bool,
     ignore_generation_config: bool,
     device: int,
@@ -55,11 +57,13 @@ def command(
     Tokens are chosen as the model's generation_config.json asks, else the largest logit is taken. Options change that
     one by one; --top-k, --top-p, --min-p and --seed mean a draw, at temperature 1 where nothing says another.
 
+    With --samples, N continuations are made together, sample i with the seed + i, and printed when all have ended.
+
     With --chat, hold a conversation by the checkpoint's chat template. Ctrl-C ends an answer; Ctrl-C or Ctrl-D at the
     prompt ends the conversation.
     """
     start = None if chat else _prompt(prompt, file, tokens)
-    _check_chat(chat, system, (prompt, file, tokens))
+    _check_chat(chat, system, (prompt, file, tokens), samples)
     given = {name: value for name, value in settings.items() if value is not None}
     _check(given, greedy)
     import kogc
@@ -67,7 +71,9 @@ def command(
 
     with kogc.load(artifact, device, sampling=GREEDY if ignore_generation_config else None) as session:
         session.sampling = _sampling(session.sampling, given, greedy)
-        if start is not None:
+        if start is not None and samples is not None:
+            _run_samples(session, start, count or DEFAULT_COUNT, samples)
+        elif start is not None:
             _run(session, start, count or DEFAULT_COUNT)
         else:
             from .conversation import converse
@@ -75,9 +81,11 @@ def command(
             converse(session, system, count, lambda stream: _figures(session.plan, stream))
 
 
-def _check_chat(chat: bool, system: str | None, prompts: Sequence[str | None]) -> None:
+def _check_chat(chat: bool, system: str | None, prompts: Sequence[str | None], samples: int | None) -> None:
     from ..errors import UsageError
 
+    if chat and samples is not None:
+        raise UsageError("--chat and --samples exclude each other")
     if chat and any(prompt is not None for prompt in prompts):
         raise UsageError("--chat reads its turns from stdin: -p TEXT, -f FILE and -t IDS exclude it")
     if system is not None and not chat:
@@ -136,6 +144,18 @@ def _run(session: Session, prompt: str | Sequence[int], count: int) -> None:
             click.echo(piece.text if session.tokenizer else f"{piece.token} ", nl=False)
     click.echo()
     click.echo(_figures(session.plan, stream), err=True)
+
+
+def _run_samples(session: Session, prompt: str | Sequence[int], count: int, n: int) -> None:
+    made = session.generate_many(prompt, n, count)
+    for number, one in enumerate(made, 1):
+        click.echo(f"--- sample {number} of {n}, {len(one.tokens)} tokens ({one.finish_reason})")
+        click.echo(one.text if session.tokenizer else " ".join(map(str, one.tokens)))
+    first, total = made[0], sum(len(one.tokens) for one in made)
+    cached = f" ({first.cached_tokens} cached)" if first.cached_tokens else ""
+    counts = f"{first.prompt_tokens} prompt tokens{cached}, {n} samples, {total} generated"
+    speed = f", {total / first.seconds:,.1f} tok/s generated, the prompt's time counted" if first.seconds else ""
+    click.echo(counts + speed, err=True)
 
 
 def _figures(plan: Plan, stream: Stream) -> str:

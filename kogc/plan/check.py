@@ -10,6 +10,7 @@ from .matvec import FEWEST_GROUPS, FRAGMENT_BYTES, UNITS, WARPS, MatVec
 from .order import check_order, owners, scenarios
 from .passes import Passes
 from .plan import Plan
+from .samples import COLUMNS, MOST_SPLIT, Samples
 from .shared_memory import COMBINE_BYTES, HEAD_TILE, PARTIAL_UNITS, Region, attention_scratch
 
 COPY_ALIGN = 16  # bytes: of addresses and sizes of bulk copies and vector loads
@@ -40,6 +41,8 @@ def check(plan: Plan) -> None:
         _check_shared_memory(plan)
         if plan.passes:
             _check_passes(plan.passes, plan)
+        if plan.samples:
+            _check_samples(plan.samples, plan)
     if plan.cpu_passes:
         _check_cpu_passes(plan.cpu_passes, plan)
     _check_exchanges(plan)
@@ -209,8 +212,7 @@ def _check_passes(passes: Passes, plan: Plan) -> None:
         needed = product.slice_bytes(passes.slice(product))
         _require(needed <= passes.stage_bytes, f"{name}: a slice of {needed} bytes in stages of {passes.stage_bytes}")
         _require(needed % COPY_ALIGN == 0, f"{name}: slices of {needed} bytes are not aligned")
-    for regions in (passes.memory, passes.scratch):
-        _check_regions(regions)
+    _check_regions("passes", passes.memory, passes.scratch)
 
 
 def _check_cpu_passes(passes: CpuPasses, plan: Plan) -> None:
@@ -227,7 +229,7 @@ def _check_cpu_passes(passes: CpuPasses, plan: Plan) -> None:
     }
     for name, size in needs.items():
         _require(passes[name].bytes >= size, f"passes: {name} has {passes[name].bytes} of {size} bytes")
-    _check_regions(passes.memory)
+    _check_regions("passes", passes.memory)
     last = passes.memory[-1]
     _require(
         last.offset + last.bytes <= passes.memory_bytes, f"passes: {last.name} ends after {passes.memory_bytes} bytes"
@@ -240,7 +242,29 @@ def _check_cpu_passes(passes: CpuPasses, plan: Plan) -> None:
         )
 
 
-def _check_regions(regions: tuple[Region, ...]) -> None:
-    for before, after in itertools.pairwise(regions):
-        kept = before.offset + before.bytes <= after.offset and after.offset % COPY_ALIGN == 0
-        _require(kept, f"passes: {after.name} at {after.offset} overlaps {before.name} or is not aligned")
+def _check_samples(samples: Samples, plan: Plan) -> None:
+    """Slices that a stage holds and that make up a phase, and words enough for all blocks and samples."""
+    room = plan.profile.smem_per_block
+    _require(samples.memory_bytes <= room, f"samples: {samples.memory_bytes} bytes of shared memory of {room}")
+    _require(samples.stages >= 2, f"samples: a ring of {samples.stages} stages")
+    for product in samples.products:
+        name, phase = f"samples: {product.phase.name}", product.phase
+        needed = product.slice_bytes
+        _require(needed <= samples.stage_bytes, f"{name}: a slice of {needed} bytes in stages of {samples.stage_bytes}")
+        _require(needed <= MAX_COPY, f"{name}: a barrier counts at most {MAX_COPY} of {needed} bytes")
+        _require(
+            0 < product.slice <= phase.fragments, f"{name}: slices of {product.slice} fragments of {phase.fragments}"
+        )
+        _require(not product.split or product.most_tiles <= MOST_SPLIT, f"{name}: {product.most_tiles} tiles to a warp")
+    _require(
+        samples.choosers == 1 or samples.choosers * COLUMNS <= plan.blocks,
+        f"samples: {COLUMNS} groups of {samples.choosers} blocks need more than {plan.blocks}",
+    )
+    _check_regions("samples", samples.memory, samples.scratch)
+
+
+def _check_regions(what: str, *maps: tuple[Region, ...]) -> None:
+    for regions in maps:
+        for before, after in itertools.pairwise(regions):
+            kept = before.offset + before.bytes <= after.offset and after.offset % COPY_ALIGN == 0
+            _require(kept, f"{what}: {after.name} at {after.offset} overlaps {before.name} or is not aligned")

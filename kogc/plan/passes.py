@@ -133,7 +133,7 @@ def _passes(plan: Plan, tokens: int, most_tiles: int) -> Passes | None:
     column_tiles = -(-tokens * spec.group // HEAD_TILE)
     # Two tiles share what is read of the cache, where blocks have two and registers hold them.
     together = 2 if spec.kv_heads * column_tiles > plan.blocks and spec.head_dim <= MOST_TOGETHER else 1
-    attention = _attention_bytes(spec.head_dim, together)
+    attention = attention_bytes(spec.head_dim, together)
     fixed = round_up(attention, 128) + WORDS_BYTES + STAGES * 16
     smallest = max(product.slice_bytes(1) for product in products)
     room = plan.profile.smem_per_block - fixed
@@ -141,10 +141,10 @@ def _passes(plan: Plan, tokens: int, most_tiles: int) -> Passes | None:
     if stages < FEWEST_STAGES:
         return None
     stage_bytes = room // stages // 1024 * 1024
-    memory = _lay_out(
+    memory = lay_out(
         ("ring", stages * stage_bytes), ("attention", attention), ("words", WORDS_BYTES), ("barriers", stages * 16)
     )
-    scratch = _lay_out(
+    scratch = lay_out(
         ("barrier", MEETING_BYTES),
         ("residual", tokens * spec.hidden * 4),
         ("normed", tokens * plan.hidden_padded * 2),
@@ -166,13 +166,13 @@ def _cut(phase: MatVec, blocks: int, tokens: int, most_tiles: int) -> Product:
     return min(cuts, key=lambda product: product.traffic)
 
 
-def _attention_bytes(head_dim: int, together: int) -> int:
+def attention_bytes(head_dim: int, together: int) -> int:
     """Queries in two halves, and the outputs of all warps for a tile of columns, with maximum and sum."""
     queries = together * 2 * HEAD_TILE * (head_dim + ROW_PAD) * 2
     return queries + WARPS * HEAD_TILE * (head_dim + 4) * 4
 
 
-def _lay_out(*sizes: tuple[str, int]) -> tuple[tuple[Region, ...], int]:
+def lay_out(*sizes: tuple[str, int]) -> tuple[tuple[Region, ...], int]:
     regions = []
     offset = 0
     for name, size in sizes:

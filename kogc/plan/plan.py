@@ -14,6 +14,7 @@ from .cpu_passes import CpuPasses, cpu_passes
 from .exchange import ExchangeMap, exchange_map
 from .matvec import FRAGMENT_BYTES, WARPS, MatVec, cut, round_up
 from .passes import Passes, passes
+from .samples import Samples, samples
 from .shared_memory import HEAD_TILE, SharedMemory, shared_memory
 
 SMALL_LAYER = 240 << 10  # bytes a block, of a layer that does best with one stage in flight
@@ -222,6 +223,11 @@ class Plan:
     def passes(self) -> Passes | None:
         """How a GPU takes a prompt, many tokens at a time; None where it goes token by token."""
         return passes(self)
+
+    @cached_property
+    def samples(self) -> Samples | None:
+        """How several continuations of a prompt are made at once; None where they are made one after the other."""
+        return samples(self)
 
     @cached_property
     def cpu_passes(self) -> CpuPasses | None:

@@ -19,8 +19,19 @@ from ..artifact import Operand
 from ..errors import KogcError
 from ..kv_layout import pack_kv
 from ..plan.plan import CHUNK, Plan
+from ..plan.samples import COLUMNS, own_pages
 from ..sampling import GREEDY, SEEDS, Sampling
-from .args import REPORT_WORDS, KernelArgs, Logprobs, bias_words, kernel_args, read_record, record_words
+from .args import (
+    REPORT_WORDS,
+    KernelArgs,
+    Logprobs,
+    SampleArgs,
+    bias_words,
+    kernel_args,
+    read_record,
+    record_words,
+    sample_args,
+)
 
 LINE = 128  # bytes: the stop word, the report and the ring do not share a cache line
 ALIGN = 4096  # of every operand in the weights file and in memory
@@ -130,12 +141,32 @@ class HostWords:
         self.ring[:] = -1
 
 
+class SampleWords:
+    """The words of a launch of samples: a stop word each, and a ring of tokens each (-1: not yet written)."""
+
+    def __init__(self, buffer: Any, n: int, ring: int) -> None:
+        words: NDArray[np.int32] = np.frombuffer(buffer, np.int32, self.bytes(n, ring) // 4)
+        self.stop_words = words[:n]
+        self.rings = words[LINE // 4 :].reshape(n, ring)
+        self.stop_words[:] = 0
+        self.rings[:] = -1
+
+    @staticmethod
+    def bytes(n: int, ring: int) -> int:
+        return LINE + 4 * n * ring
+
+    @staticmethod
+    def pointers(base: int) -> dict[str, int]:
+        return {"stop_words": base, "tokens": base + LINE}
+
+
 class Runtime(ABC):
     """A loaded kernel with its operands. Not for concurrent launches: a second one is refused while one runs."""
 
     poll_seconds = 50e-6
     words: HostWords
     kernel: Kernel  # of the next launch
+    _many: SampleWords  # of the last launch of samples
 
     def __init__(self, program: Program) -> None:
         self.program = program
@@ -207,6 +238,16 @@ class Runtime(ABC):
     def _free(self) -> None:
         """Give everything back; called once."""
 
+    def _share_samples(self, n: int, max_new: int) -> tuple[SampleWords, dict[str, int]]:
+        """The words of a launch of n samples, and the addresses of all that only such a launch needs."""
+        raise NotImplementedError
+
+    def _launch_samples(
+        self, args: SampleArgs, prompt: NDArray[np.int32], logits: bool, bias: NDArray[np.int32]
+    ) -> None:
+        """Start a launch of samples, the prompt before its last token first. See _launch for the pointers."""
+        raise NotImplementedError
+
     # -- what all share
 
     def use(self, kernel: Kernel) -> None:
@@ -239,35 +280,92 @@ class Runtime(ABC):
     @contextlib.contextmanager
     def _launched(self, request: Request) -> Iterator[None]:
         """A launch under way; in the end it is stopped, if it still runs, and waited for."""
+        with self._taken():
+            args = self._arguments(request)
+            self._launch(args, _tokens_of(request), request.logits, bias_words(request.sampling))
+            try:
+                yield
+            finally:
+                self.words.stop_word[0] = 1
+                self._wait()
+
+    @contextlib.contextmanager
+    def _taken(self) -> Iterator[None]:
         if not self._lock.acquire(blocking=False):
             raise KogcError("this session is already generating: finish or close that stream first")
         try:
             if self._closed:
                 raise KogcError("this session is closed")
             self.words.clear()
-            args = self._arguments(request)
-            tokens = np.asarray((*request.history, *request.prompt), np.int32)
-            self._launch(args, tokens, request.logits, bias_words(request.sampling))
-            try:
-                yield
-            finally:
-                self.words.stop_word[0] = 1
-                self._wait()
+            yield
         finally:
             self._lock.release()
 
     def _arguments(self, request: Request) -> KernelArgs:
-        """ValueError for a history that is longer than what lies before the prompt."""
+        sampling, pointers = self._prepared(request, 1)
+        prompt, history = len(request.prompt), len(request.history)
+        return kernel_args(pointers, request.start, prompt, request.max_new, request.stop, sampling, history)
+
+    def _prepared(self, request: Request, n: int) -> tuple[Sampling, dict[str, int]]:
+        """How tokens are drawn, with a seed, and the pointers of a launch that makes n continuations.
+
+        ValueError for a history that is longer than what lies before the prompt.
+        """
         if len(request.history) > request.start:
             raise ValueError(f"a history of {len(request.history)} tokens before position {request.start}")
         sampling, pointers = request.sampling, self._pointers()
         if sampling.seed is None and not sampling.greedy:
             sampling = replace(sampling, seed=secrets.randbelow(SEEDS))
         if each := record_words(sampling):
-            records, pointers["records"] = self._share_records(each * request.max_new)
-            self._records = records[: each * request.max_new].reshape(request.max_new, each)
-        prompt, history = len(request.prompt), len(request.history)
-        return kernel_args(pointers, request.start, prompt, request.max_new, request.stop, sampling, history)
+            count = n * request.max_new
+            records, pointers["records"] = self._share_records(each * count)
+            self._records = records[: each * count].reshape(count, each)
+        return sampling, pointers
+
+    def samples(self, request: Request, n: int) -> Generator[tuple[int, int], None, None]:
+        """Launch n continuations of a prompt together, and yield (sample, token) as tokens are made.
+
+        Only where the plan has samples, at most 16. Sample i draws with the request's seed + i. `end_sample` ends one
+        of them, closing the iterator all. Logits that are asked for are those of the tokens made: see `sample_logits`.
+        """
+        if self.plan.samples is None or not 1 <= n <= COLUMNS:
+            raise ValueError(f"{n} samples: this kernel makes {COLUMNS if self.plan.samples else 0} at most")
+        with self._taken():
+            self._many, more = self._share_samples(n, request.max_new)
+            sampling, pointers = self._prepared(request, n)
+            start, history = request.start + len(request.prompt) - 1, len(request.history)
+            args = sample_args(
+                pointers | more, n, own_pages(start, request.max_new), request.start, request.max_new, request.stop,
+                sampling, history,
+            )  # fmt: skip
+            args.n_prompt = len(request.prompt)
+            self._launch_samples(args, _tokens_of(request), request.logits, bias_words(sampling))
+            try:
+                yield from self._follow_samples(self._many.rings)
+            finally:
+                self.words.stop_word[0] = 1
+                self._many.stop_words[:] = 1
+                self._wait()
+
+    def end_sample(self, sample: int) -> None:
+        """End one sample of the launch under way, within a token."""
+        self._many.stop_words[sample] = 1
+
+    def sample_logits(self, n: int, max_new: int) -> NDArray[np.float32]:
+        """The logits from which the last launch of n samples chose its tokens: float32[max_new][n][vocab]."""
+        return self._read_logits(max_new * n).reshape(max_new, n, -1)
+
+    def _follow_samples(self, rings: NDArray[np.int32]) -> Iterator[tuple[int, int]]:
+        made = [0] * len(rings)
+        while True:
+            done = self._ended()  # asked before the rings are read: see _follow
+            for sample, ring in enumerate(rings):
+                while made[sample] < len(ring) and (token := int(ring[made[sample]])) >= 0:
+                    made[sample] += 1
+                    yield sample, token
+            if done:
+                return
+            time.sleep(self.poll_seconds)
 
     def logprobs(self, index: int) -> Logprobs:
         """Of token number `index` of the last launch, once that token has come; the request has asked for them."""
@@ -354,6 +452,10 @@ def random_chunks(plan: Plan, count: int) -> NDArray[np.uint8]:
     numbers = rng.random((*shape, plan.spec.head_dim), np.float32) * 2 - 1
     keys, values = np.ldexp(numbers, rng.integers(-1, 2, (*shape, 1), np.int32))
     return pack_kv(plan, plan.target, keys, values)
+
+
+def _tokens_of(request: Request) -> NDArray[np.int32]:
+    return np.asarray((*request.history, *request.prompt), np.int32)
 
 
 def trace_bytes(plan: Plan) -> int:

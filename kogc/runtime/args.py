@@ -6,6 +6,7 @@ import ctypes
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +23,7 @@ POINTERS = (
 
 
 LATE_POINTERS = ("trace", "bias", "records", "scratch")
+SAMPLE_POINTERS = ("pages", "stop_words", "choices", "logits_log")
 DRAW, FILTER, PENALISE, BIAS, LOGPROBS = 1, 2, 4, 8, 16  # templates/common/args.h: Choice
 BIAS_BYTES = 8  # a token's bias: its id, and FP32
 FRACTIONS = 1 << 32  # top_p is told in such parts
@@ -48,6 +50,19 @@ class KernelArgs(ctypes.Structure):
     ]
 
 
+class SampleArgs(KernelArgs):
+    """The argument of kogc_samples (templates/cuda/sample_layout.cuh): what all launches have, and the samples' own."""
+
+    _fields_ = [
+        *[(name, ctypes.c_uint64) for name in SAMPLE_POINTERS],
+        ("n_samples", ctypes.c_int32),
+        ("n_pages", ctypes.c_int32),
+    ]
+
+
+Args = TypeVar("Args", bound=KernelArgs)
+
+
 def kernel_args(
     pointers: dict[str, int],
     start: int,
@@ -58,12 +73,41 @@ def kernel_args(
     n_history: int = 0,
 ) -> KernelArgs:
     """Fill the structure; a pointer not in `pointers` is null. ValueError for an unknown name or too many stops."""
-    unknown = set(pointers) - {*POINTERS, *LATE_POINTERS}
-    if unknown:
+    return _fill(KernelArgs, pointers, start, n_prompt, max_new, stop, sampling, n_history)
+
+
+def sample_args(
+    pointers: dict[str, int],
+    n_samples: int,
+    n_pages: int,
+    start: int,
+    max_new: int,
+    stop: Sequence[int] = (),
+    sampling: Sampling = GREEDY,
+    n_history: int = 0,
+) -> SampleArgs:
+    """The same for samples, whose prompt is one token; n_pages: chunks of the KV cache that each has for itself."""
+    args = _fill(SampleArgs, pointers, start, 1, max_new, stop, sampling, n_history)
+    args.n_samples, args.n_pages = n_samples, n_pages
+    return args
+
+
+def _fill(
+    kind: type[Args],
+    pointers: dict[str, int],
+    start: int,
+    n_prompt: int,
+    max_new: int,
+    stop: Sequence[int],
+    sampling: Sampling,
+    n_history: int,
+) -> Args:
+    known = [*POINTERS, *LATE_POINTERS, *(SAMPLE_POINTERS if kind is SampleArgs else ())]
+    if unknown := set(pointers) - set(known):
         raise ValueError(f"no such kernel argument: {', '.join(sorted(unknown))}")
     if len(stop) > STOP_TOKENS:
         raise ValueError(f"{len(stop)} stop tokens: the kernel watches for at most {STOP_TOKENS}")
-    args = KernelArgs(**pointers)
+    args = kind(**pointers)
     args.start, args.n_prompt, args.max_new, args.n_stop = start, n_prompt, max_new, len(stop)
     args.stop[: len(stop)] = list(stop)
     args.n_history = n_history

@@ -13,13 +13,15 @@ from numpy.typing import NDArray
 from ..errors import KogcError
 from ..plan.passes import MEETING_BYTES
 from ..plan.plan import Plan
+from ..plan.samples import page_bytes
 from ..sampling import MAX_BIAS
-from . import HostWords, Kernel, Program, Runtime, trace_bytes
-from .args import BIAS_BYTES, KernelArgs, split_prompt
+from . import HostWords, Kernel, Program, Runtime, SampleWords, trace_bytes
+from .args import BIAS_BYTES, KernelArgs, SampleArgs, split_prompt
 from .driver import Driver, check_driver, check_gpu, open_gpu
 from .upload import Uploader
 
-GENERATE, PROMPT, FILL, READ_CEILING = b"kogc_generate", b"kogc_prompt", b"kogc_fill", b"kogc_read_ceiling"
+GENERATE, PROMPT, SAMPLES = b"kogc_generate", b"kogc_prompt", b"kogc_samples"
+FILL, READ_CEILING = b"kogc_fill", b"kogc_read_ceiling"
 FILL_BLOCKS, FILL_THREADS = 1024, 256
 CEILING_REPEATS = 4
 READ_PASSES = 4  # of kogc_read_ceiling over its bytes, in one launch
@@ -89,13 +91,16 @@ class CudaRuntime(Runtime):
             raise KogcError(f"{name}: the driver does not load it ({driver.name_of(status)}); rebuild the artifact")
         self._undo.append(lambda: driver.attempt("cuModuleUnload", module))
         functions = {}
-        for function in (GENERATE, FILL, READ_CEILING, *((PROMPT,) if plan.passes else ())):
+        own = (PROMPT,) * (plan.passes is not None) + (SAMPLES,) * (plan.samples is not None)
+        for function in (GENERATE, FILL, READ_CEILING, *own):
             status, functions[function] = driver.cuModuleGetFunction(module, function)
             if status != driver.CUresult.CUDA_SUCCESS:
                 raise KogcError(f"{name}: has no {function.decode()}; rebuild the artifact")
         self._check_resident(plan, functions[GENERATE], plan.threads, plan.memory.bytes, name)
         if plan.passes:
             self._check_resident(plan, functions[PROMPT], plan.passes.threads, plan.passes.memory_bytes, name)
+        if plan.samples:
+            self._check_resident(plan, functions[SAMPLES], plan.samples.threads, plan.samples.memory_bytes, name)
         return Kernel(plan, functions)
 
     def _check_resident(self, plan: Plan, function: Any, threads: int, shared: int, name: str) -> None:
@@ -133,6 +138,9 @@ class CudaRuntime(Runtime):
         self._bias = self._alloc(MAX_BIAS * BIAS_BYTES)
         self._records_address, self._record_words = 0, 0
         self._logits, self._logits_bytes = 0, 0
+        self._grown: dict[str, tuple[int, int]] = {}  # buffers that are made when they are first needed: address, bytes
+        self._undo.append(self._free_grown)
+        self._sample_words: tuple[int, int, int] = (0, 0, 0)
         self._driver.call("cuMemsetD8", self._kv, 0, plan.kv_bytes)
         self._driver.call("cuMemcpyHtoD", self._rope, rope.ctypes.data, rope.nbytes)
         self._share_words()
@@ -226,6 +234,65 @@ class CudaRuntime(Runtime):
         self._driver.call("cuMemsetD8Async", self._scratch, 0, MEETING_BYTES, self._stream)
         shared = plan.passes.memory_bytes
         self._start(self.kernel.module[PROMPT], plan.blocks, plan.passes.threads, shared, first, cooperative=True)
+
+    def _share_samples(self, n: int, max_new: int) -> tuple[SampleWords, dict[str, int]]:
+        self._use_context()
+        size = SampleWords.bytes(n, max_new)
+        if size > self._sample_words[2]:
+            self._sample_words = (*self._share(size), size)
+        here, there, _ = self._sample_words
+        words = SampleWords((ctypes.c_char * size).from_address(here), n, max_new)
+        return words, SampleWords.pointers(there)
+
+    def _launch_samples(
+        self, args: SampleArgs, prompt: NDArray[np.int32], logits: bool, bias: NDArray[np.int32]
+    ) -> None:
+        self._use_context()
+        driver, plan, cut = self._driver, self.plan, self.plan.samples
+        assert cut
+        n = args.n_samples
+        args.pages = self._grow("pages", n * args.n_pages * page_bytes(plan), f"{n} samples of {args.max_new} tokens")
+        args.choices = self._grow("choices", n * cut.choice.bytes, f"{n} samples") if args.choice else 0
+        args.logits_log = self._logits_buffer(args.max_new * n) if logits else 0
+        scratch = self._grow("samples", cut.scratch_bytes, "samples")
+        args.prompt = self._prompt + prompt.itemsize * args.n_history
+        args.bias = self._bias
+        driver.call("cuMemcpyHtoD", self._prompt, prompt.ctypes.data, prompt.nbytes)
+        if bias.size:
+            driver.call("cuMemcpyHtoD", self._bias, bias.ctypes.data, bias.nbytes)
+        driver.call("cuMemsetD8Async", scratch, 0, cut.scratch_bytes, self._stream)
+        if args.choice:
+            driver.call("cuMemsetD8Async", args.choices, 0, n * cut.choice.bytes, self._stream)
+        driver.call("cuEventRecord", self._before, self._stream)
+        if args.n_prompt > 1:
+            self._start_passes(args)
+        args.scratch = scratch
+        shared = cut.memory_bytes
+        self._start(self.kernel.module[SAMPLES], plan.blocks, cut.threads, shared, args, cooperative=True)
+        driver.call("cuEventRecord", self._after, self._stream)
+
+    def _grow(self, name: str, count: int, what: str) -> int:
+        """A buffer of at least so many bytes, zero where nothing was ever written. KogcError where memory is short."""
+        address, size = self._grown.get(name, (0, 0))
+        if size >= count:
+            return address
+        free, total = self._driver.call("cuMemGetInfo")
+        if count - size + SPARE_BYTES > free:
+            have = f"{free / 1e9:.1f} of {total / 1e9:.1f} GB are free"
+            raise KogcError(
+                f"{what} need {count / 1e9:.1f} GB of GPU memory more; {have}: ask for fewer, or shorter ones"
+            )
+        if address:
+            self._driver.call("cuMemFree", address)
+            del self._grown[name]
+        address = int(self._driver.call("cuMemAlloc", count))
+        self._grown[name] = address, count
+        self._driver.call("cuMemsetD8", address, 0, count)
+        return address
+
+    def _free_grown(self) -> None:
+        for address, _ in self._grown.values():
+            self._driver.attempt("cuMemFree", address)
 
     def _start(
         self, function: Any, blocks: int, threads: int, shared: int, *values: Any, cooperative: bool = False

@@ -24,7 +24,12 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 TARGETS = ("cuda", "hip", "cpu")
-ENTRY_POINTS = {"generate": "kogc_generate", "fill": "kogc_fill"}
+
+
+def entry_points(plan: Plan) -> dict[str, str]:
+    """The symbols of a plan's binary that a loader calls, by their purpose."""
+    purposes = ["generate", "fill", *(["prompt"] if plan.passes else []), *(["samples"] if plan.samples else [])]
+    return {purpose: f"kogc_{purpose}" for purpose in purposes}
 
 
 def compile_binary(rendered: Rendered, plan: Plan, cache: Cache | None = None) -> bytes:

@@ -55,6 +55,15 @@ struct KernelArgs {
   float repetition, inverse_repetition, presence, frequency;
 };
 
+// Several continuations of one prompt: sample i draws with `seed` + i, and `prompt` is the prompt's last token.
+struct SampleArgs : KernelArgs {
+  u8* pages;               // own keys and values: [layer][kv head][sample][page][K, V]; the first page holds position `start`
+  const i32* stop_words;   // host-visible: one a sample
+  u8* choices;             // with a choice other than the largest logit: Samples::CHOICE_BYTES for each sample, zero at launch
+  float* logits_log;       // null, or [max_new][n_samples][vocab]
+  i32 n_samples, n_pages;  // tokens: [n_samples][max_new]
+};
+
 // Places where the kernel waits, as they appear in a stall report.
 enum Site {
   STAGE_FULL, STAGE_EMPTY, WAIT_QKV, WAIT_PARTIAL, WAIT_ATTENTION, WAIT_O, WAIT_HIDDEN, WAIT_DOWN, WAIT_KEYS, CACHE_WRITTEN,

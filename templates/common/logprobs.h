@@ -28,7 +28,7 @@ template <class P> KOGC_DEVICE float block_sum(float v) {
 // best: the largest key among this thread's rows.
 template <class P>
 KOGC_DEVICE void put_candidates(const KernelArgs& args, const float* logits, int first, int count, u64 best, u32 tag) {
-  u64* to = candidates<P>(args, block());
+  u64* to = candidates<P>(args, P::rank());
   best = block_maximum<P>(best);
   const float largest = value_of(best);
   float sum = 0;
@@ -51,7 +51,7 @@ KOGC_DEVICE void put_candidates(const KernelArgs& args, const float* logits, int
 
 // The logit of the row with which this block takes part in the choice.
 template <class P> KOGC_DEVICE void put_raw(const KernelArgs& args, float logit, u32 tag) {
-  store_key(candidates<P>(args, block()) + RAW, (u64)as_word(logit) << 32 | tag);
+  store_key(candidates<P>(args, P::rank()) + RAW, (u64)as_word(logit) << 32 | tag);
 }
 
 // Writes the record of token `made`, chosen by `key`: its log-probability, then n_logprobs tokens, then theirs.

@@ -21,7 +21,7 @@ template <class P> KOGC_DEVICE int tokens_of(const KernelArgs& args, int step) {
 }
 
 template <class P, class M> KOGC_DEVICE Work share(int exchange) {
-  int rank = block() - M::ROTATION;
+  int rank = P::rank() - M::ROTATION;
   if (rank < 0) rank += P::BLOCKS;
   const bool extra = rank < M::REMAINDER;
   return {M::BASE + extra, M::UNIT, (rank * M::BASE + (extra ? rank : M::REMAINDER)) * M::UNIT, M::ROWS, M::COLUMNS_PADDED, exchange};

@@ -127,7 +127,7 @@ template <class P> KOGC_COLD u64 sample(const KernelArgs& args, int step, u64 gr
     } else if (args.choice & FILTER) {
       u64* maxima = (u64*)(args.exchange + P::X_MAXIMA);
       best = block_maximum<P>(best);
-      if (thread() == 0) store_key(maxima + block(), best | tag);
+      if (thread() == 0) store_key(maxima + P::rank(), best | tag);
       largest = value_of(largest_of_blocks<P>(maxima, tag, where, WAIT_MAXIMA));
     }
     if (agreed) {

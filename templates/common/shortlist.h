@@ -28,7 +28,7 @@ template <class P> class Shortlist {
     sync();
     const int found = (int)a.count;
     const u32 stop = words<P>().stop ? 1u << STOP_BIT : 0;  // of the first block: the host asks to stop
-    const auto store = [&](int i, u64 key) { store_key(list(block()) + i, key | tag_ | (i == 0 ? stop : 0)); };
+    const auto store = [&](int i, u64 key) { store_key(list(P::rank()) + i, key | tag_ | (i == 0 ? stop : 0)); };
     if (found > CAPACITY) {  // who would admit one of these rows takes the last for admitted, and searches
       for (int i = thread(); i < LENGTH; i += THREADS) store(i, a.largest);
     } else {

@@ -93,14 +93,14 @@ template <class P, class Distance> class Threshold {
     fill_bins(LEVEL_BITS * (LEVELS - 1 - level), prefix);
     sync();
     for (int i = thread(); i < BINS * MEASURES; i += THREADS)
-      store_key(histogram(block()) + i, area().bins[i / MEASURES][i % MEASURES] << TAG_BITS | tag);
+      store_key(histogram(P::rank()) + i, area().bins[i / MEASURES][i % MEASURES] << TAG_BITS | tag);
     if (thread() == 0) {
       words<P>().searches++;
       words<P>().level_searches[level]++;
       area().prefix[level] = prefix;
     }
     sync();
-    if (block() * OWNED < BINS) add_up(level, tag, level_tag);
+    if (P::rank() * OWNED < BINS) add_up(level, tag, level_tag);
     sync();
   }
 
@@ -120,7 +120,7 @@ template <class P, class Distance> class Threshold {
   KOGC_DEVICE void add_up(int level, u32 tag, u32 level_tag) {
     constexpr int EACH = (P::BLOCKS + WAYS - 1) / WAYS, BATCH = EACH < 8 ? EACH : 8;
     u64* partial = &area().bins[0][0];
-    const int first = block() * ITEMS;
+    const int first = P::rank() * ITEMS;
 #pragma unroll 1
     for (int i = thread(); i < ITEMS * WAYS; i += THREADS) {
       u64 sum = 0;

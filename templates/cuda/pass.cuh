@@ -164,7 +164,7 @@ template <class P> KOGC_DEVICE void prompt(const KernelArgs& args) {
   PassWords& words = pass_words<P>();
   for (int phase = thread(); phase < LAYER_PHASES; phase += block_threads()) words.phases[phase] = pass_phase<P>(phase);
   if (thread() == 0) words.finished = words.met = 0;
-  PassRing<P>::init();
+  PassRing<P>::init(2 * PIECE_COPIERS * PASS_PRODUCERS);  // weights and activations arrive by themselves
   if (warp() >= PRODUCER) return PassProducer<P>(args).run();
   PromptPass<P> pass(args);
 #pragma unroll 1

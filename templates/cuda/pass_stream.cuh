@@ -16,10 +16,10 @@ template <class P> struct PassRing {
   static KOGC_DEVICE Barrier* full(int slot) { return (Barrier*)(shared() + Q::BARRIERS_OFFSET) + slot; }
   static KOGC_DEVICE Barrier* empty(int slot) { return full(slot) + Q::STAGES; }
 
-  static KOGC_DEVICE void init() {
+  static KOGC_DEVICE void init(int arrivals) {
     if (thread() == 0) {
       for (int i = 0; i < Q::STAGES; i++) {
-        barrier_init(full(i), 2 * PIECE_COPIERS * PASS_PRODUCERS);  // weights and activations arrive by themselves
+        barrier_init(full(i), arrivals);
         barrier_init(empty(i), WARPS);
       }
       barrier_init_done();

@@ -3,6 +3,7 @@
 
 extern "C" void kogc_generate(const kogc::KernelArgs args);
 extern "C" __attribute__((weak)) void kogc_prompt(const kogc::KernelArgs args);  // not every plan has one
+extern "C" __attribute__((weak)) void kogc_samples(const kogc::SampleArgs args);
 extern "C" void kogc_read_ceiling(const void* from, kogc::u64 bytes, kogc::u32* sink);
 extern "C" void kogc_fill(kogc::u16* to, kogc::u64 n, kogc::u32 seed, float amplitude, int fp16);
 
@@ -67,6 +68,7 @@ inline int launch(int blocks, int threads, int shared_bytes, wide seed, char* me
 struct Fill { u16* to; u64 n; u32 seed; float amplitude; int fp16; };
 struct Read { const void* from; u64 bytes; u32* sink; };
 inline const KernelArgs* generate_args;
+inline const SampleArgs* sample_args;
 inline Fill fill_args;
 inline Read read_args;
 
@@ -81,6 +83,11 @@ extern "C" int kogc_emulate(const kogc::KernelArgs* args, int blocks, int thread
 extern "C" int kogc_emulate_prompt(const kogc::KernelArgs* args, int blocks, int threads, int shared_bytes, kogc::u64 seed, char* message) {
   kogc::emulated::generate_args = args;
   return kogc::emulated::launch(blocks, threads, shared_bytes, seed, message, [] { kogc_prompt(*kogc::emulated::generate_args); });
+}
+
+extern "C" int kogc_emulate_samples(const kogc::SampleArgs* args, int blocks, int threads, int shared_bytes, kogc::u64 seed, char* message) {
+  kogc::emulated::sample_args = args;
+  return kogc::emulated::launch(blocks, threads, shared_bytes, seed, message, [] { kogc_samples(*kogc::emulated::sample_args); });
 }
 
 extern "C" int kogc_emulate_fill(kogc::u16* to, kogc::u64 n, kogc::u32 seed, float amplitude, int fp16, char* message) {

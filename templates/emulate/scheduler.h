@@ -64,7 +64,7 @@ class Scheduler {
       const int warp = pick();
       if (warp >= 0) run_warp(warp);
       else if (!m.later.empty()) perform_any();
-      else if (m.events != woken_) wake_all();
+      else if (m.events != woken_ || !calm_) wake_all();
       else if (!give_up()) return 2;
     }
     while (!m.stopped && !m.later.empty()) perform_any();
@@ -80,7 +80,9 @@ class Scheduler {
     warp(i).runnable |= warp(i).polling;
     warp(i).polling = 0;
   }
+  // Once more than things have changed: a warp that polls together may have mixed what its lanes saw before and after.
   void wake_all() {
+    calm_ = woken_ == machine->events;
     woken_ = machine->events;
     for (int i = 0; i < warps(); i++) wake(i);
   }
@@ -135,6 +137,7 @@ class Scheduler {
   }
 
   wide woken_ = 0;
+  bool calm_ = false;
   std::vector<char> resting_;
 };
 

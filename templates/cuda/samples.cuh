@@ -1,0 +1,292 @@
+// Samples, step by step: a token of each goes in, the next ones come out. The residual stream lies in memory, its rows with the
+// blocks that multiply them; what crosses blocks is the stream times the norm's weights, and the sums of its squares, whose
+// root multiplies what the product of it gives.
+#pragma once
+
+namespace kogc {
+
+template <class P> class SampleSteps {
+  using Q = typename P::Samples;
+  using S = Sampled<P>;
+  using Group = Choosers<P>;  // of the blocks that choose a sample's token
+  struct alignas(8) Two { float a, b; };
+
+ public:
+  KOGC_DEVICE SampleSteps(const SampleArgs& args) : args_(args), live_(first_bits(args.n_samples)), where_{args, 0, 0} {
+    if (thread() < COLUMNS) words().tokens[thread()] = args.prompt[0];
+    sync();
+  }
+
+  // False: no sample goes on.
+  KOGC_DEVICE bool step(int step) {
+    where_.step = step;
+    where_.layer = 0;
+    phase_ = QKV;
+    embed();
+    next();
+#pragma unroll 1
+    for (;;) {
+      if (phase_ == O) {
+        attention();
+        next();
+      } else if (phase_ != DOWN) {
+        scales();
+      }
+      if (phase_ == HEAD) break;
+      product();
+      if (phase_ == O || phase_ == DOWN) put_squares();
+      next();
+      if (++phase_ == HEAD && ++where_.layer < P::LAYERS) phase_ = QKV;
+    }
+    const i32 halted = block() == 0 && thread() < args_.n_samples ? load_host(args_.stop_words + thread()) : 0;  // arrives meanwhile
+    best_[0] = best_[1] = 0;
+    product();
+    if (block() == 0 && thread() < args_.n_samples) array<i32>(Q::HALTED)[thread()] = halted;
+    return choose();
+  }
+
+ private:
+  static KOGC_DEVICE SampleWords& words() { return sample_words<P>(); }
+  template <class T> KOGC_DEVICE T* array(int offset) const { return (T*)(args_.scratch + offset); }
+  KOGC_DEVICE void next() {
+    meet_blocks(P::BLOCKS, words().met, args_, where_, [&] { publish(&words().passed, (u32)words().met); });
+  }
+  KOGC_DEVICE int position() const { return args_.start + where_.step; }
+
+  // --- the residual stream ---------------------------------------------------------------------------------------------
+  // Where the same rows are each thread's in both phases that add to the stream, it stays in registers, if there are any.
+  static constexpr bool RESIDENT = KEYS_AHEAD && Q::O::SPLIT && Q::Down::SPLIT && P::O::UNIT == P::Down::UNIT && P::O::BASE == P::Down::BASE &&
+                                   P::O::REMAINDER == P::Down::REMAINDER && P::O::ROTATION == P::Down::ROTATION;
+
+  // Adds y to rows `row` and `row` + 1 of two columns, and hands the stream on to the norm that has two `weights` for them.
+  KOGC_DEVICE void add(u32 weights, int row, int column, const float (&y)[4], bool fresh) {
+    Two first = stream_[0], second = stream_[1];
+    Two *to = (Two*)(array<float>(Q::RESIDUAL) + column * P::HIDDEN + row), *next = to + 8 * P::HIDDEN / 2;
+    if constexpr (!RESIDENT) {
+      first = *to;
+      second = *next;
+    }
+    if (fresh) first = second = {0, 0};
+    first = {first.a + y[0], first.b + y[1]};
+    second = {second.a + y[2], second.b + y[3]};
+    if constexpr (RESIDENT) {
+      stream_[0] = first;
+      stream_[1] = second;
+    } else {
+      *to = first;
+      *next = second;
+    }
+    hand_on(weights, row, column, first, squares_[0]);
+    if (!narrow(args_)) hand_on(weights, row, column + 8, second, squares_[1]);
+  }
+  KOGC_DEVICE void hand_on(u32 weights, int row, int column, Two v, float& squares) {
+    squares += v.a * v.a + v.b * v.b;
+    const u16 a = from_float<P::FP16>(v.a * to_float<P::FP16>((u16)weights)), b = from_float<P::FP16>(v.b * to_float<P::FP16>((u16)(weights >> 16)));
+    *sample_activation(args_, Q::NORMED, row, column) = pack16(a, b);
+  }
+
+  KOGC_DEVICE void embed() {
+    const SamplePhase& p = words().phases[DOWN];
+    for (int i = thread(); i < p.tiles * LANES; i += THREADS) {
+      const int row = p.first_row + i / LANES * COLUMN_ROWS + (lane() & 3) * 2, column = lane() / 4;
+      if (row >= p.end_row) continue;
+      const u32 x = *(const u32*)(args_.embedding + (u64)words().tokens[column] * P::HIDDEN + row);
+      const u32 y = *(const u32*)(args_.embedding + (u64)words().tokens[column + 8] * P::HIDDEN + row);
+      const float four[4] = {to_float<P::FP16>((u16)x), to_float<P::FP16>((u16)(x >> 16)), to_float<P::FP16>((u16)y), to_float<P::FP16>((u16)(y >> 16))};
+      add(*(const u32*)(args_.norms + row), row, column, four, true);
+    }
+    put_squares();
+  }
+
+  // The sums of squares of this block's rows, for each column.
+  KOGC_DEVICE void put_squares() {
+    KOGC_UNROLL for (int h = 0; h < 2; h++) {
+      squares_[h] += shuffle_xor(squares_[h], 1);
+      squares_[h] += shuffle_xor(squares_[h], 2);
+      if ((lane() & 3) == 0) words().sums[warp()][lane() / 4 + 8 * h] = squares_[h];
+      squares_[h] = 0;
+    }
+    sync();
+    if (thread() >= COLUMNS) return;
+    float sum = 0;
+    KOGC_UNROLL for (int w = 0; w < WARPS; w++) sum += words().sums[w][thread()];
+    array<float>(Q::SQUARES)[block() * COLUMNS + thread()] = sum;
+  }
+
+  // What multiplies the results of the product that follows: the inverse root mean square of each column.
+  KOGC_DEVICE void scales() {
+    constexpr int PARTS = THREADS / COLUMNS, EACH = (P::BLOCKS + PARTS - 1) / PARTS;
+    const int column = thread() % COLUMNS, part = thread() / COLUMNS;
+    const float* squares = array<float>(Q::SQUARES);
+    float v[EACH], sum = 0;
+    KOGC_UNROLL for (int i = 0; i < EACH; i++) v[i] = part + i * PARTS < P::BLOCKS ? squares[(part + i * PARTS) * COLUMNS + column] : 0.0f;
+    KOGC_UNROLL for (int i = 0; i < EACH; i++) sum += v[i];
+    words().sums[part][column] = sum;
+    sync();
+    if (thread() < COLUMNS) {
+      sum = 0;
+      KOGC_UNROLL for (int i = 0; i < PARTS; i++) sum += words().sums[i][thread()];
+      words().scales[thread()] = reciprocal_sqrt(sum * (1.0f / P::HIDDEN) + P::NORM_EPS);
+    }
+    sync();
+  }
+
+  // --- products ----------------------------------------------------------------------------------------------------------
+  KOGC_DEVICE void product() {
+    const u16* gamma = args_.norms + (u64)(2 * where_.layer + (phase_ == O ? 1 : 2)) * P::HIDDEN;
+    const SamplePhase& p = words().phases[phase_];
+    const int end = p.end_row, mine = p.first_row + warp() * COLUMN_ROWS + (lane() & 3) * 2;
+    const bool adds = phase_ == O || phase_ == DOWN, few = narrow(args_);
+    const u32 early = adds && mine < end ? *(const u32*)(gamma + mine) : 0;  // on its way before it is needed
+    SampleProduct<P>().run(at_, phase_, few, where_, [&](int row, int column, const float (&y)[4]) {
+      if (row >= end) return;
+      if (adds) return add(row == mine ? early : *(const u32*)(gamma + row), row, column, y, false);
+      const float first = words().scales[column], second = words().scales[column + 8];
+      const float z[4] = {y[0] * first, y[1] * first, y[2] * second, y[3] * second};
+      if (phase_ == GATE_UP) {  // rows alternate: gate 0, up 0, gate 1, up 1, ...
+        put_hidden(row / 2, column, silu(z[0]) * z[1]);
+        if (!few) put_hidden(row / 2, column + 8, silu(z[2]) * z[3]);
+      } else if (phase_ == QKV) {
+        float* to = array<float>(Q::QKV_RESULTS) + row;
+        *(Two*)(to + column * P::Qkv::ROWS) = {z[0], z[1]};
+        if (!few) *(Two*)(to + (column + 8) * P::Qkv::ROWS) = {z[2], z[3]};
+      } else {
+        KOGC_UNROLL for (int h = 0; h < 2; h++) KOGC_UNROLL for (int e = 0; e < 2; e++)
+          if (row + e < end) consider(row + e, column + 8 * h, z[2 * h + e], best_[h]);
+      }
+    });
+  }
+
+  KOGC_DEVICE void put_hidden(int row, int column, float v) {
+    ((u16*)sample_activation(args_, Q::HIDDEN, row, column))[row % 2] = from_float<P::FP16>(v);
+  }
+
+  // --- attention -----------------------------------------------------------------------------------------------------------
+  // Query, key or value `row` of a sample's QKV results, normed and rotated as it must be.
+  KOGC_DEVICE HeadVector<P> vector(int sample, int row, bool value) {
+    const bool key = row >= P::Q_ROWS;
+    const float* results = array<float>(Q::QKV_RESULTS) + sample * P::Qkv::ROWS + row;
+    const u16* bias = args_.qkv_bias + (u64)where_.layer * P::Qkv::ROWS + row;
+    HeadVector<P> v;
+    if (!value) v.fetch(args_.qk_norms + (where_.layer * 2 + key) * (u64)P::HEAD_DIM, args_.rope + (u64)position() * P::HEAD_DIM);
+    v.fill([&](int d) { return results[d] + (P::QKV_BIAS ? to_float<P::FP16>(bias[d]) : 0.0f); });
+    if (value) return v;
+    if constexpr (P::QK_NORM) v.normalise();
+    v.rotate();
+    return v;
+  }
+
+  KOGC_DEVICE void attention() {
+    int item = block();
+#pragma unroll 1
+    for (int sample = 0, before = 0; sample < args_.n_samples; sample++) {
+      if (!(live_ >> sample & 1)) continue;
+      for (; item < before + P::KV_HEADS; item += P::BLOCKS) {
+        SampleAttention<P> attention(args_, where_.layer, position(), sample, item - before);
+        attention.run([&](int row, bool value) { return vector(sample, row, value); },
+                      [&](int column, const float (&o)[4]) {
+                        const Quad four = pack<P::FP16>(o[0], o[1], o[2], o[3]);
+                        u32* to = sample_activation(args_, Q::ATTENDED, column, sample);
+                        to[0] = four.low;
+                        to[next_pair(args_)] = four.high;
+                      });
+      }
+      before += P::KV_HEADS;
+    }
+  }
+
+  // --- the choice of the tokens --------------------------------------------------------------------------------------------
+  KOGC_DEVICE void consider(int row, int column, float logit, u64& best) {
+    if (column >= args_.n_samples) return;
+    if (args_.logits_log) args_.logits_log[((u64)where_.step * args_.n_samples + column) * P::VOCAB + row] = logit;
+    if (args_.choice) sample_logits<P>(args_, column)[row] = logit;
+    best = larger(best, key_of(logit, row));
+  }
+
+  // All blocks learn the next token of each sample, and which of them go on.
+  KOGC_DEVICE bool choose() {
+    if (args_.choice) drawn();
+    else largest();
+    const int self = thread();
+    if (self < args_.n_samples && (live_ >> self & 1)) {
+      const i32 token = words().tokens[self];
+      bool ended = array<volatile i32>(Q::HALTED)[self];
+      for (int i = 0; i < args_.n_stop; i++) ended = ended || token == args_.stop[i];
+      words().ended[self] = ended;
+      if (block() == 0) store_host(args_.tokens + (u64)self * args_.max_new + where_.step, token);
+    }
+    sync();
+    u32 ended = 0;
+    for (int i = 0; i < args_.n_samples; i++) ended |= (u32)(words().ended[i] != 0) << i;
+    live_ &= ~ended;
+    return live_;
+  }
+
+  KOGC_DEVICE void largest() {
+    KOGC_UNROLL for (int h = 0; h < 2; h++) {
+      best_[h] = larger(best_[h], shuffle_xor(best_[h], 1));
+      best_[h] = larger(best_[h], shuffle_xor(best_[h], 2));
+      if ((lane() & 3) == 0) words().keys[warp()][lane() / 4 + 8 * h] = best_[h];
+    }
+    sync();
+    if (thread() < COLUMNS) {
+      u64 best = 0;
+      KOGC_UNROLL for (int w = 0; w < WARPS; w++) best = larger(best, words().keys[w][thread()]);
+      array<u64>(Q::KEYS)[thread() * P::BLOCKS + block()] = best;
+    }
+    next();
+    constexpr int PARTS = THREADS / COLUMNS, EACH = (P::BLOCKS + PARTS - 1) / PARTS;
+    const int column = thread() / PARTS, part = thread() % PARTS;
+    const u64* keys = array<u64>(Q::KEYS) + column * P::BLOCKS;
+    u64 v[EACH], best = 0;
+    KOGC_UNROLL for (int i = 0; i < EACH; i++) v[i] = part + i * PARTS < P::BLOCKS ? keys[part + i * PARTS] : 0;
+    KOGC_UNROLL for (int i = 0; i < EACH; i++) best = larger(best, v[i]);
+    for (int m = 1; m < PARTS; m *= 2) best = larger(best, shuffle_xor(best, m));
+    if (part == 0 && column < args_.n_samples && (live_ >> column & 1)) words().tokens[column] = row_of(best);
+    sync();
+  }
+
+  KOGC_DEVICE void drawn() {
+    next();
+    i32* tokens = array<i32>(Q::TOKENS_CHOSEN);
+    constexpr int GROUPS = P::BLOCKS / Group::BLOCKS;
+#pragma unroll 1
+    for (int sample = block() / Group::BLOCKS; sample < args_.n_samples && block() < GROUPS * Group::BLOCKS; sample += GROUPS) {
+      if (!(live_ >> sample & 1)) continue;
+      const i32 token = choose_token<P>(args_, sample, where_.step);
+      if (Group::rank() == 0 && thread() == 0) tokens[sample] = token;
+    }
+    next();
+    if (thread() < args_.n_samples && (live_ >> thread() & 1)) words().tokens[thread()] = ((volatile i32*)tokens)[thread()];
+    sync();
+  }
+
+  const SampleArgs& args_;
+  u32 live_;  // bit i: sample i goes on
+  Where where_;
+  PassCursor<S> at_;
+  int phase_ = QKV;
+  float squares_[2] = {};
+  Two stream_[2] = {};
+  u64 best_[2] = {};  // keys of this thread's rows, of its two columns
+};
+
+template <class P> KOGC_DEVICE void samples(const SampleArgs& args) {
+  SampleWords& words = sample_words<P>();
+  for (int phase = thread(); phase <= HEAD; phase += block_threads()) words.phases[phase] = sample_phase<P>(phase);
+  for (int i = thread(); i < COLUMNS; i += block_threads()) words.ended[i] = 0;
+  if (thread() == 0) words.finished = words.met = words.passed = 0;
+  if (warp() < PRODUCER) init_words<Choosers<P>>();
+  if (thread() == 0) kogc::words<Choosers<P>>().stop = 0;
+  SampleRing<P>::init();
+  if (warp() == PRODUCER + WEIGHT_PRODUCERS) return SampleActivations<P>(args).run();
+  if (warp() >= PRODUCER) return SampleWeights<P>(args).run();
+  SampleSteps<P> steps(args);
+#pragma unroll 1
+  for (int step = 0; step < args.max_new; step++)
+    if (!steps.step(step)) break;
+  sync();
+  if (thread() == 0) words.finished = 1;
+}
+
+}  // namespace kogc
