@@ -119,11 +119,12 @@ def full(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 # Several chunks of the cache in one block, one by one and in pairs; a window; each size of heads.
 FP8: dict[str, tuple[str, dict[str, Any]]] = {
-    "llama": ("llama", {"head_dim": 64, "hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2}),
-    "mistral-window": ("mistral", {"sliding_window": 140, "head_dim": 96}),
-    "qwen3-hd128": ("qwen3", {"head_dim": 128}),
+    "llama": ("llama", {"head_dim": 64, "hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2,
+                        "max_position_embeddings": 1024}),
+    "mistral-window": ("mistral", {"sliding_window": 140, "head_dim": 96, "max_position_embeddings": 1024}),
+    "qwen3-hd128": ("qwen3", {"head_dim": 128, "max_position_embeddings": 1024}),
     "llama-3.2-1b": FULL["llama-3.2-1b"],
-}
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module", params=FP8)
