@@ -35,6 +35,7 @@
 #include "cuda/sample_product.cuh"
 #include "cuda/sample_attention.cuh"
 #include "cuda/sample_choice.cuh"
+#include "cuda/sample_residual.cuh"
 #include "cuda/samples.cuh"
 
 namespace kogc {

@@ -19,7 +19,7 @@ PASSES = (  # left out where a block's memory does not hold a pass of many token
 )  # fmt: skip
 SAMPLES = (  # left out where there are no passes, or a block's memory does not hold 16 columns of activations
     "cuda/sample_layout.cuh", "cuda/sample_stream.cuh", "cuda/sample_product.cuh", "cuda/sample_attention.cuh",
-    "cuda/sample_choice.cuh", "cuda/samples.cuh",
+    "cuda/sample_choice.cuh", "cuda/sample_residual.cuh", "cuda/samples.cuh",
 )  # fmt: skip
 # Where a header of the generated source is found, in the order of inclusion; `{target}` is the target's directory.
 HEADERS = {

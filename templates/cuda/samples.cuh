@@ -5,14 +5,16 @@
 
 namespace kogc {
 
-template <class P> class SampleSteps {
+template <class P> class SampleSteps : SampleResidual<P> {
+  using Base = SampleResidual<P>;
+  using Base::add, Base::args_, Base::embed, Base::put_squares, Base::scales, Base::words;
+  using typename Base::Two;
   using Q = typename P::Samples;
   using S = Sampled<P>;
   using Group = Choosers<P>;  // of the blocks that choose a sample's token
-  struct alignas(8) Two { float a, b; };
 
  public:
-  KOGC_DEVICE SampleSteps(const SampleArgs& args) : args_(args), live_(first_bits(args.n_samples)), where_{args, 0, 0} {
+  KOGC_DEVICE SampleSteps(const SampleArgs& args) : Base(args), live_(first_bits(args.n_samples)), where_{args, 0, 0} {
     if (thread() < COLUMNS) words().tokens[thread()] = args.prompt[0];
     sync();
   }
@@ -41,95 +43,15 @@ template <class P> class SampleSteps {
     const i32 halted = block() == 0 && thread() < args_.n_samples ? load_host(args_.stop_words + thread()) : 0;  // arrives meanwhile
     best_[0] = best_[1] = 0;
     product();
-    if (block() == 0 && thread() < args_.n_samples) array<i32>(Q::HALTED)[thread()] = halted;
+    if (block() == 0 && thread() < args_.n_samples) this->template array<i32>(Q::HALTED)[thread()] = halted;
     return choose();
   }
 
  private:
-  static KOGC_DEVICE SampleWords& words() { return sample_words<P>(); }
-  template <class T> KOGC_DEVICE T* array(int offset) const { return (T*)(args_.scratch + offset); }
   KOGC_DEVICE void next() {
     meet_blocks(P::BLOCKS, words().met, args_, where_, [&] { publish(&words().passed, (u32)words().met); });
   }
   KOGC_DEVICE int position() const { return args_.start + where_.step; }
-
-  // --- the residual stream ---------------------------------------------------------------------------------------------
-  // Where the same rows are each thread's in both phases that add to the stream, it stays in registers, if there are any.
-  static constexpr bool RESIDENT = KEYS_AHEAD && Q::O::SPLIT && Q::Down::SPLIT && P::O::UNIT == P::Down::UNIT && P::O::BASE == P::Down::BASE &&
-                                   P::O::REMAINDER == P::Down::REMAINDER && P::O::ROTATION == P::Down::ROTATION;
-
-  // Adds y to rows `row` and `row` + 1 of two columns, and hands the stream on to the norm that has two `weights` for them.
-  KOGC_DEVICE void add(u32 weights, int row, int column, const float (&y)[4], bool fresh) {
-    Two first = stream_[0], second = stream_[1];
-    Two *to = (Two*)(array<float>(Q::RESIDUAL) + column * P::HIDDEN + row), *next = to + 8 * P::HIDDEN / 2;
-    if constexpr (!RESIDENT) {
-      first = *to;
-      second = *next;
-    }
-    if (fresh) first = second = {0, 0};
-    first = {first.a + y[0], first.b + y[1]};
-    second = {second.a + y[2], second.b + y[3]};
-    if constexpr (RESIDENT) {
-      stream_[0] = first;
-      stream_[1] = second;
-    } else {
-      *to = first;
-      *next = second;
-    }
-    hand_on(weights, row, column, first, squares_[0]);
-    if (!narrow(args_)) hand_on(weights, row, column + 8, second, squares_[1]);
-  }
-  KOGC_DEVICE void hand_on(u32 weights, int row, int column, Two v, float& squares) {
-    squares += v.a * v.a + v.b * v.b;
-    const u16 a = from_float<P::FP16>(v.a * to_float<P::FP16>((u16)weights)), b = from_float<P::FP16>(v.b * to_float<P::FP16>((u16)(weights >> 16)));
-    *sample_activation(args_, Q::NORMED, row, column) = pack16(a, b);
-  }
-
-  KOGC_DEVICE void embed() {
-    const SamplePhase& p = words().phases[DOWN];
-    for (int i = thread(); i < p.tiles * LANES; i += THREADS) {
-      const int row = p.first_row + i / LANES * COLUMN_ROWS + (lane() & 3) * 2, column = lane() / 4;
-      if (row >= p.end_row) continue;
-      const u32 x = *(const u32*)(args_.embedding + (u64)words().tokens[column] * P::HIDDEN + row);
-      const u32 y = *(const u32*)(args_.embedding + (u64)words().tokens[column + 8] * P::HIDDEN + row);
-      const float four[4] = {to_float<P::FP16>((u16)x), to_float<P::FP16>((u16)(x >> 16)), to_float<P::FP16>((u16)y), to_float<P::FP16>((u16)(y >> 16))};
-      add(*(const u32*)(args_.norms + row), row, column, four, true);
-    }
-    put_squares();
-  }
-
-  // The sums of squares of this block's rows, for each column.
-  KOGC_DEVICE void put_squares() {
-    KOGC_UNROLL for (int h = 0; h < 2; h++) {
-      squares_[h] += shuffle_xor(squares_[h], 1);
-      squares_[h] += shuffle_xor(squares_[h], 2);
-      if ((lane() & 3) == 0) words().sums[warp()][lane() / 4 + 8 * h] = squares_[h];
-      squares_[h] = 0;
-    }
-    sync();
-    if (thread() >= COLUMNS) return;
-    float sum = 0;
-    KOGC_UNROLL for (int w = 0; w < WARPS; w++) sum += words().sums[w][thread()];
-    array<float>(Q::SQUARES)[block() * COLUMNS + thread()] = sum;
-  }
-
-  // What multiplies the results of the product that follows: the inverse root mean square of each column.
-  KOGC_DEVICE void scales() {
-    constexpr int PARTS = THREADS / COLUMNS, EACH = (P::BLOCKS + PARTS - 1) / PARTS;
-    const int column = thread() % COLUMNS, part = thread() / COLUMNS;
-    const float* squares = array<float>(Q::SQUARES);
-    float v[EACH], sum = 0;
-    KOGC_UNROLL for (int i = 0; i < EACH; i++) v[i] = part + i * PARTS < P::BLOCKS ? squares[(part + i * PARTS) * COLUMNS + column] : 0.0f;
-    KOGC_UNROLL for (int i = 0; i < EACH; i++) sum += v[i];
-    words().sums[part][column] = sum;
-    sync();
-    if (thread() < COLUMNS) {
-      sum = 0;
-      KOGC_UNROLL for (int i = 0; i < PARTS; i++) sum += words().sums[i][thread()];
-      words().scales[thread()] = reciprocal_sqrt(sum * (1.0f / P::HIDDEN) + P::NORM_EPS);
-    }
-    sync();
-  }
 
   // --- products ----------------------------------------------------------------------------------------------------------
   KOGC_DEVICE void product() {
@@ -147,7 +69,7 @@ template <class P> class SampleSteps {
         put_hidden(row / 2, column, silu(z[0]) * z[1]);
         if (!few) put_hidden(row / 2, column + 8, silu(z[2]) * z[3]);
       } else if (phase_ == QKV) {
-        float* to = array<float>(Q::QKV_RESULTS) + row;
+        float* to = this->template array<float>(Q::QKV_RESULTS) + row;
         *(Two*)(to + column * P::Qkv::ROWS) = {z[0], z[1]};
         if (!few) *(Two*)(to + (column + 8) * P::Qkv::ROWS) = {z[2], z[3]};
       } else {
@@ -165,7 +87,7 @@ template <class P> class SampleSteps {
   // Query, key or value `row` of a sample's QKV results, normed and rotated as it must be.
   KOGC_DEVICE HeadVector<P> vector(int sample, int row, bool value) {
     const bool key = row >= P::Q_ROWS;
-    const float* results = array<float>(Q::QKV_RESULTS) + sample * P::Qkv::ROWS + row;
+    const float* results = this->template array<float>(Q::QKV_RESULTS) + sample * P::Qkv::ROWS + row;
     const u16* bias = args_.qkv_bias + (u64)where_.layer * P::Qkv::ROWS + row;
     HeadVector<P> v;
     if (!value) v.fetch(args_.qk_norms + (where_.layer * 2 + key) * (u64)P::HEAD_DIM, args_.rope + (u64)position() * P::HEAD_DIM);
@@ -210,7 +132,7 @@ template <class P> class SampleSteps {
     const int self = thread();
     if (self < args_.n_samples && (live_ >> self & 1)) {
       const i32 token = words().tokens[self];
-      bool ended = array<volatile i32>(Q::HALTED)[self];
+      bool ended = this->template array<volatile i32>(Q::HALTED)[self];
       for (int i = 0; i < args_.n_stop; i++) ended = ended || token == args_.stop[i];
       words().ended[self] = ended;
       if (block() == 0) store_host(args_.tokens + (u64)self * args_.max_new + where_.step, token);
@@ -232,12 +154,12 @@ template <class P> class SampleSteps {
     if (thread() < COLUMNS) {
       u64 best = 0;
       KOGC_UNROLL for (int w = 0; w < WARPS; w++) best = larger(best, words().keys[w][thread()]);
-      array<u64>(Q::KEYS)[thread() * P::BLOCKS + block()] = best;
+      this->template array<u64>(Q::KEYS)[thread() * P::BLOCKS + block()] = best;
     }
     next();
     constexpr int PARTS = THREADS / COLUMNS, EACH = (P::BLOCKS + PARTS - 1) / PARTS;
     const int column = thread() / PARTS, part = thread() % PARTS;
-    const u64* keys = array<u64>(Q::KEYS) + column * P::BLOCKS;
+    const u64* keys = this->template array<u64>(Q::KEYS) + column * P::BLOCKS;
     u64 v[EACH], best = 0;
     KOGC_UNROLL for (int i = 0; i < EACH; i++) v[i] = part + i * PARTS < P::BLOCKS ? keys[part + i * PARTS] : 0;
     KOGC_UNROLL for (int i = 0; i < EACH; i++) best = larger(best, v[i]);
@@ -248,7 +170,7 @@ template <class P> class SampleSteps {
 
   KOGC_DEVICE void drawn() {
     next();
-    i32* tokens = array<i32>(Q::TOKENS_CHOSEN);
+    i32* tokens = this->template array<i32>(Q::TOKENS_CHOSEN);
     constexpr int GROUPS = P::BLOCKS / Group::BLOCKS;
 #pragma unroll 1
     for (int sample = block() / Group::BLOCKS; sample < args_.n_samples && block() < GROUPS * Group::BLOCKS; sample += GROUPS) {
@@ -261,13 +183,10 @@ template <class P> class SampleSteps {
     sync();
   }
 
-  const SampleArgs& args_;
   u32 live_;  // bit i: sample i goes on
   Where where_;
   PassCursor<S> at_;
   int phase_ = QKV;
-  float squares_[2] = {};
-  Two stream_[2] = {};
   u64 best_[2] = {};  // keys of this thread's rows, of its two columns
 };
 
