@@ -307,7 +307,7 @@ def test_samples_are_chosen_as_single_streams_are(full: Model) -> None:
         alike += agreed  # up to the first choice that the last bits of the logits decide
         for ours, theirs in zip(sample.logprobs[:agreed], alone.logprobs, strict=False):
             assert abs(ours.chosen - theirs.chosen) < 0.1
-    assert alike > 0.5 * 16 * 24  # 292 of 384 on an H200 with llama-3.2-1b, whose random weights make flat distributions
+    assert alike > 0.5 * 16 * 24  # 292 of 384 on an H200, llama-3.2-1b: random weights make flat distributions
 
 
 def test_ten_turns_are_as_ten_cold_starts(full: Model) -> None:

@@ -109,7 +109,7 @@ template <class P> KOGC_COLD u64 sample(const KernelArgs& args, int step, u64 gr
   const Where where{args, step, P::LAYERS};
   const Rows<P> rows(args);
   const u32 tag = choice_tag(args, step);
-  sync();  // the rows' logits are there
+  sync();  // the rows' logits are in memory
   exchange_begins<P>();
   if (args.choice & LOGPROBS) put_candidates<P>(args, rows.logits, rows.first, rows.count, greedy, tag);
   const bool lists = (args.choice & DRAW) && args.top_k && args.top_k <= MOST_LISTED;
