@@ -693,5 +693,6 @@ def test_a_stall_is_reported_with_its_place(name: str) -> None:
     with pytest.raises(EmulatorError, match="stalled"):
         broken.logits(prompt(sound.plan.spec.vocab, 2))
     stalled, _block, _thread, site, layer, step, *_ = broken.report
-    assert (stalled, layer, step) == (1, 1, 0)
-    assert site in (STAGE_EMPTY, WAIT_HIDDEN)
+    # Who waits longest speaks: a consumer where nothing was put, or a producer, as far ahead as the ring holds stages.
+    assert stalled == 1
+    assert (site, step, layer) == (WAIT_HIDDEN, 0, 1) or (site == STAGE_EMPTY and (step, layer) >= (0, 1))
