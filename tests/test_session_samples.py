@@ -12,6 +12,9 @@ from kogc.session import Session
 
 TOP = (1 << 64) - 1
 
+# Where samples are made together; elsewhere it is one stream after the other.
+TOGETHER = pytest.mark.parametrize("machine", ["cuda"], indirect=True)
+
 
 def test_each_is_a_continuation_of_the_prompt(toy: Session, machine: Machine) -> None:
     made = toy.generate_many([5, 6, 7], 3, 10, stop=())
@@ -60,9 +63,8 @@ def test_the_context_ends_samples(toy: Session) -> None:
         assert (len(one.tokens), one.finish_reason) == (4, "context")
 
 
+@TOGETHER
 def test_a_stop_string_ends_its_sample_alone(toy: Session, machine: Machine) -> None:
-    if machine.target == "cpu":
-        pytest.skip("one by one there: see test_stop_strings.py")
     machine.kernel.diverge = True
     free = toy.generate_many([5, 6], 3, 30, stop=())
     machine.kernel.delay = 0.005
@@ -82,9 +84,8 @@ def test_other_numbers_of_samples_are_refused(toy: Session, n: int) -> None:
         toy.generate_many([5], n)
 
 
+@TOGETHER
 def test_samples_that_memory_does_not_hold_are_refused(toy: Session, machine: Machine) -> None:
-    if machine.target == "cpu":
-        pytest.skip("no pages there")
     machine.driver.memory = 256 << 20
     with pytest.raises(KogcError, match="16 samples of 40 tokens need .* GB of GPU memory more; .* are free"):
         toy.generate_many([5], 16, 40)
