@@ -18,7 +18,7 @@ demo: $(VENV)/.installed
 	@$(BIN)/kogc run build/demo -p '$(PROMPT)' -n 137
 
 test: $(VENV)/.test
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -q -m 'not gpu'
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -q -m 'not gpu'
 
 build: $(VENV)/.installed
 	$(BIN)/kogc build $(MODEL) --gpu $(GPU) -o $(OUT) $(WEIGHTS)
