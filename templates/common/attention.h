@@ -41,6 +41,14 @@ template <class P> struct HeadVector {
     }
   }
 
+  template <class Value> KOGC_DEVICE void add(Value value) {
+    KOGC_UNROLL for (int j = 0; j < PAIRS; j++) {
+      if (!owns(j)) continue;
+      low[j] += value(index(j));
+      high[j] += value(index(j) + HALF);
+    }
+  }
+
   // Norm weights and rotation, on their way while the vector is awaited.
   KOGC_DEVICE void fetch(const u16* gamma, const float* rope) {  // rope: [HEAD_DIM / 2][cos, sin] of the position
     KOGC_UNROLL for (int j = 0; j < PAIRS; j++) {

@@ -35,6 +35,7 @@ KOGC_DEVICE void copy_pieces(int count, char* to, int stride, const u8* from, in
   }
 }
 KOGC_DEVICE void fence_copies() {}  // these copies are ordered as loads and stores are
+KOGC_DEVICE void fence_stage() {}
 KOGC_DEVICE void prefetch(const void* from, int bytes) {
   for (int at = copier() * 128; at < bytes; at += COPIERS * 128) asm volatile("prefetch.global.L2 [%0];" ::"l"((const char*)from + at) : "memory");
 }

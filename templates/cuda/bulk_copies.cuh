@@ -28,7 +28,9 @@ KOGC_DEVICE void copy_pieces(int count, char* to, int stride, const u8* from, in
   if (lane() < count) start_copy(to + lane() * stride, from, bytes, b, policy);
 }
 KOGC_DEVICE void end_pieces(Barrier*) {}
-KOGC_DEVICE void fence_copies() { asm volatile("fence.proxy.async;" ::: "memory"); }  // between plain stores and bulk copies
+// Between plain stores and bulk copies: out of memory, and into a stage.
+KOGC_DEVICE void fence_copies() { asm volatile("fence.proxy.async.global;" ::: "memory"); }
+KOGC_DEVICE void fence_stage() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 KOGC_DEVICE void prefetch(const void* from, int bytes) {
   asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
 }

@@ -100,21 +100,24 @@ template <class P> struct PassOrder {
 KOGC_DEVICE u32* grid_count(const KernelArgs& args) { return (u32*)args.scratch; }
 KOGC_DEVICE i32* grid_stop(const KernelArgs& args) { return (i32*)args.scratch + 16; }
 
-// What the consumers of any block have written before it, those of all blocks see after it. met: how often, so far.
-// passed(): what its first thread does then, before the others go on.
-template <class Passed> KOGC_DEVICE void meet_blocks(int blocks, i32& met, const KernelArgs& args, const Where& where, Passed passed) {
+// No block goes on before all have come. RELEASED: what the consumers of any block have written before it, those of all see
+// after it. met: how often, so far. passed(): what the first thread does then, before the others go on.
+template <bool RELEASED, class Passed>
+KOGC_DEVICE void meet_blocks(int blocks, i32& met, const KernelArgs& args, const Where& where, Passed passed) {
   sync();
   if (thread() == 0) {
-    add_released(grid_count(args), 1);
+    u32* count = grid_count(args);
+    if constexpr (RELEASED) add_released(count, 1);
+    else add_word(count, 1);
     const u32 needed = ++met * blocks;
     Spin spin;
-    while (load_acquired(grid_count(args)) < needed) spin.step(where, WAIT_PASS, needed);
+    while ((RELEASED ? load_acquired(count) : load_word(count)) < needed) spin.step(where, WAIT_PASS, needed);
     passed();
   }
   sync();
 }
 template <class P> KOGC_DEVICE void meet(const KernelArgs& args, const Where& where) {
-  meet_blocks(P::BLOCKS, pass_words<P>().met, args, where, [] {});
+  meet_blocks<true>(P::BLOCKS, pass_words<P>().met, args, where, [] {});
 }
 
 }  // namespace kogc

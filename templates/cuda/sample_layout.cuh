@@ -3,6 +3,10 @@
 // (kogc/plan/samples.py). A block multiplies the rows of its own slab with all columns, and all blocks meet between phases:
 // what lies in memory between two meetings has one writer.
 //
+// What a block puts for others carries the parity of its use, as for a single stream: those who read it find out by
+// themselves whether it has come. So a meeting need not wait until what was written before it has arrived everywhere, which
+// takes as long as the rest of it. It only keeps a block from overwriting what others still read.
+//
 // No number of a column depends on another column, nor on how many there are: a sample is what it is alone, to the bit.
 #pragma once
 
@@ -74,13 +78,16 @@ template <class P> KOGC_DEVICE SampleWords& sample_words() {
   return *(SampleWords*)(shared() + P::Samples::WORDS_OFFSET);
 }
 
-// How often blocks meet: after the embedding, five times a layer, and around the choice of the tokens.
+// Which activations a product takes: `parity`, that of their use; `columns`, those that were put.
+struct Expected { u32 parity, columns; };
+
+// How often blocks meet: after the embedding, four times a layer (not after QKV), and around the choice of the tokens.
 template <class P> struct SampleOrder {
-  static constexpr int LAYER_MEETINGS = 5;
+  static constexpr int LAYER_MEETINGS = 4;
   static KOGC_DEVICE u32 of_step(const KernelArgs& args) { return 1 + LAYER_MEETINGS * P::LAYERS + (args.choice ? 2 : 1); }
   // Those before the activations of a phase are there.
   static KOGC_DEVICE u32 before(const KernelArgs& args, int step, int layer, int phase) {
-    const int of_layer = phase == QKV || phase == HEAD ? 0 : phase == O ? 2 : phase == GATE_UP ? 3 : 4;
+    const int of_layer = phase == QKV || phase == HEAD ? 0 : phase;
     return step * of_step(args) + 1 + layer * LAYER_MEETINGS + of_layer;
   }
 };

@@ -201,7 +201,7 @@ template <class P> class SampleActivations : SampleProducer<P> {
     const int bytes = this->slices.fragments() * of_fragment;
     Barrier* full = Ring::full(this->at.slot);
     expect_pieces(full, bytes);
-    copy_pieces(1, Ring::stage(this->at.slot) + Q::STAGE_BYTES - bytes, 0, this->args_.scratch + p.x + this->slices.fragment * of_fragment,
+    copy_pieces(1, Ring::stage(this->at.slot) + Q::STAGE_BYTES - p.slice * of_fragment, 0, this->args_.scratch + p.x + this->slices.fragment * of_fragment,
                 bytes, full, keep_);
     end_pieces(full);
   }

@@ -7,7 +7,7 @@ namespace kogc {
 
 template <class P> class SampleSteps : SampleResidual<P> {
   using Base = SampleResidual<P>;
-  using Base::add, Base::args_, Base::embed, Base::put_squares, Base::scales, Base::words;
+  using Base::add, Base::args_, Base::embed, Base::normed_, Base::put_padding, Base::put_squares, Base::scales, Base::words;
   using typename Base::Two;
   using Q = typename P::Samples;
   using S = Sampled<P>;
@@ -25,19 +25,21 @@ template <class P> class SampleSteps : SampleResidual<P> {
     where_.layer = 0;
     phase_ = QKV;
     embed();
-    next();
+    next<RELEASED>();
 #pragma unroll 1
     for (;;) {
       if (phase_ == O) {
         attention();
-        next();
+        next<RELEASED>();
       } else if (phase_ != DOWN) {
-        scales();
+        scales(where_);
       }
       if (phase_ == HEAD) break;
+      if (phase_ == QKV) of_layer_ ^= 1;
       product();
       if (phase_ == O || phase_ == DOWN) put_squares();
-      next();
+      if (phase_ == QKV) sync();  // attention waits for the queries, keys and values that it needs, no longer
+      else next<RELEASED>();
       if (++phase_ == HEAD && ++where_.layer < P::LAYERS) phase_ = QKV;
     }
     const i32 halted = block() == 0 && thread() < args_.n_samples ? load_host(args_.stop_words + thread()) : 0;  // arrives meanwhile
@@ -48,8 +50,11 @@ template <class P> class SampleSteps : SampleResidual<P> {
   }
 
  private:
-  KOGC_DEVICE void next() {
-    meet_blocks(P::BLOCKS, words().met, args_, where_, [&] { publish(&words().passed, (u32)words().met); });
+  // A block that takes no part in a phase does not learn that the activations of its use were there, and could take those of
+  // the use before it for those of the next: then all see what was written before a meeting.
+  static constexpr bool RELEASED = !Base::OWN_ROWS || !P::Qkv::BASE || !P::O::BASE || !P::GateUp::BASE || !P::Down::BASE || !P::Head::BASE;
+  template <bool ALL_IS_SEEN> KOGC_DEVICE void next() {
+    meet_blocks<ALL_IS_SEEN>(P::BLOCKS, words().met, args_, where_, [&] { publish(&words().passed, (u32)words().met); });
   }
   KOGC_DEVICE int position() const { return args_.start + where_.step; }
 
@@ -59,19 +64,27 @@ template <class P> class SampleSteps : SampleResidual<P> {
     const SamplePhase& p = words().phases[phase_];
     const int end = p.end_row, mine = p.first_row + warp() * COLUMN_ROWS + (lane() & 3) * 2;
     const bool adds = phase_ == O || phase_ == DOWN, few = narrow(args_);
+    const Expected expected = {adds ? of_layer_ : normed_, phase_ == O ? live_ : ~0u};
+    if (adds) normed_ ^= 1;
+    if (phase_ == GATE_UP) put_padding(Q::HIDDEN, P::FFN + P::FFN % 2, P::Down::COLUMNS_PADDED, of_layer_);
     const u32 early = adds && mine < end ? *(const u32*)(gamma + mine) : 0;  // on its way before it is needed
-    SampleProduct<P>().run(at_, phase_, few, where_, [&](int row, int column, const float (&y)[4]) {
-      if (row >= end) return;
-      if (adds) return add(row == mine ? early : *(const u32*)(gamma + row), row, column, y, false);
-      const float first = words().scales[column], second = words().scales[column + 8];
+    SampleProduct<P>(args_, expected).run(at_, phase_, where_, [&](int row, int column, const float (&y)[4]) {
+      const float first = adds ? PAIR_UNSCALE : words().scales[column], second = adds ? PAIR_UNSCALE : words().scales[column + 8];
       const float z[4] = {y[0] * first, y[1] * first, y[2] * second, y[3] * second};
       if (phase_ == GATE_UP) {  // rows alternate: gate 0, up 0, gate 1, up 1, ...
-        put_hidden(row / 2, column, silu(z[0]) * z[1]);
-        if (!few) put_hidden(row / 2, column + 8, silu(z[2]) * z[3]);
+        const float a = silu(z[0]) * z[1], b = silu(z[2]) * z[3], next_a = shuffle_xor(a, 1), next_b = shuffle_xor(b, 1);
+        if (row >= end || row % 4) return;
+        put_pair(sample_activation(args_, Q::HIDDEN, row / 2, column), a, next_a, of_layer_);
+        if (!few) put_pair(sample_activation(args_, Q::HIDDEN, row / 2, column + 8), b, next_b, of_layer_);
+        return;
+      }
+      if (row >= end) return;
+      if (adds) {
+        add(row == mine ? early : *(const u32*)(gamma + row), row, column, z, false);
       } else if (phase_ == QKV) {
         float* to = this->template array<float>(Q::QKV_RESULTS) + row;
-        *(Two*)(to + column * P::Qkv::ROWS) = {z[0], z[1]};
-        if (!few) *(Two*)(to + (column + 8) * P::Qkv::ROWS) = {z[2], z[3]};
+        put_two(to + column * P::Qkv::ROWS, z[0], z[1]);
+        if (!few) put_two(to + (column + 8) * P::Qkv::ROWS, z[2], z[3]);
       } else {
         KOGC_UNROLL for (int h = 0; h < 2; h++) KOGC_UNROLL for (int e = 0; e < 2; e++)
           if (row + e < end) consider(row + e, column + 8 * h, z[2 * h + e], best_[h]);
@@ -79,8 +92,9 @@ template <class P> class SampleSteps : SampleResidual<P> {
     });
   }
 
-  KOGC_DEVICE void put_hidden(int row, int column, float v) {
-    ((u16*)sample_activation(args_, Q::HIDDEN, row, column))[row % 2] = from_float<P::FP16>(v);
+  KOGC_DEVICE void put_two(float* to, float a, float b) {
+    put(to, a, of_layer_);
+    put(to + 1, b, of_layer_);
   }
 
   // --- attention -----------------------------------------------------------------------------------------------------------
@@ -91,7 +105,8 @@ template <class P> class SampleSteps : SampleResidual<P> {
     const u16* bias = args_.qkv_bias + (u64)where_.layer * P::Qkv::ROWS + row;
     HeadVector<P> v;
     if (!value) v.fetch(args_.qk_norms + (where_.layer * 2 + key) * (u64)P::HEAD_DIM, args_.rope + (u64)position() * P::HEAD_DIM);
-    v.fill([&](int d) { return results[d] + (P::QKV_BIAS ? to_float<P::FP16>(bias[d]) : 0.0f); });
+    v.take_from(results, of_layer_, where_);
+    if constexpr (P::QKV_BIAS) v.add([&](int d) { return to_float<P::FP16>(bias[d]); });
     if (value) return v;
     if constexpr (P::QK_NORM) v.normalise();
     v.rotate();
@@ -107,14 +122,14 @@ template <class P> class SampleSteps : SampleResidual<P> {
         SampleAttention<P> attention(args_, where_.layer, position(), sample, item - before);
         attention.run([&](int row, bool value) { return vector(sample, row, value); },
                       [&](int column, const float (&o)[4]) {
-                        const Quad four = pack<P::FP16>(o[0], o[1], o[2], o[3]);
                         u32* to = sample_activation(args_, Q::ATTENDED, column, sample);
-                        to[0] = four.low;
-                        to[next_pair(args_)] = four.high;
+                        put_pair(to, o[0], o[1], of_layer_);
+                        put_pair(to + next_pair(args_), o[2], o[3], of_layer_);
                       });
       }
       before += P::KV_HEADS;
     }
+    put_padding(Q::ATTENDED, P::Q_ROWS, P::O::COLUMNS_PADDED, of_layer_);
   }
 
   // --- the choice of the tokens --------------------------------------------------------------------------------------------
@@ -156,7 +171,7 @@ template <class P> class SampleSteps : SampleResidual<P> {
       KOGC_UNROLL for (int w = 0; w < WARPS; w++) best = larger(best, words().keys[w][thread()]);
       this->template array<u64>(Q::KEYS)[thread() * P::BLOCKS + block()] = best;
     }
-    next();
+    next<true>();
     constexpr int PARTS = THREADS / COLUMNS, EACH = (P::BLOCKS + PARTS - 1) / PARTS;
     const int column = thread() / PARTS, part = thread() % PARTS;
     const u64* keys = this->template array<u64>(Q::KEYS) + column * P::BLOCKS;
@@ -169,7 +184,7 @@ template <class P> class SampleSteps : SampleResidual<P> {
   }
 
   KOGC_DEVICE void drawn() {
-    next();
+    next<true>();
     i32* tokens = this->template array<i32>(Q::TOKENS_CHOSEN);
     constexpr int GROUPS = P::BLOCKS / Group::BLOCKS;
 #pragma unroll 1
@@ -178,7 +193,7 @@ template <class P> class SampleSteps : SampleResidual<P> {
       const i32 token = choose_token<P>(args_, sample, where_.step);
       if (Group::rank() == 0 && thread() == 0) tokens[sample] = token;
     }
-    next();
+    next<true>();
     if (thread() < args_.n_samples && (live_ >> thread() & 1)) words().tokens[thread()] = ((volatile i32*)tokens)[thread()];
     sync();
   }
@@ -187,6 +202,7 @@ template <class P> class SampleSteps : SampleResidual<P> {
   Where where_;
   PassCursor<S> at_;
   int phase_ = QKV;
+  u32 of_layer_ = 0;  // parity of what a layer puts but for the stream: results of QKV, attention and hidden vector
   u64 best_[2] = {};  // keys of this thread's rows, of its two columns
 };
 

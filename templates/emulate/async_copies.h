@@ -32,6 +32,7 @@ KOGC_DEVICE void copy_pieces(int count, char* to, int stride, const u8* from, in
 }
 KOGC_DEVICE void end_pieces(Barrier* b) { barrier_arrive(b); }
 KOGC_DEVICE void fence_copies() {}
+KOGC_DEVICE void fence_stage() {}
 KOGC_DEVICE void prefetch(const void* from, int bytes) {
   if ((size_t)from % 16) emulated::violation("a prefetch that is not aligned to 16 bytes");
 }

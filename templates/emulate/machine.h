@@ -101,10 +101,14 @@ KOGC_DEVICE Words load_words(const void* p) {  // only its words are atomic
   const u32 x = load_word(w), y = load_word(w + 1), z = load_word(w + 2);
   return {x, y, z, load_word(w + 3)};
 }
-KOGC_DEVICE void add_released(u32* p, u32 v) {
+KOGC_DEVICE void add_word(u32* p, u32 v) {
   emulated::maybe_yield();
   *(volatile u32*)p += v;
   machine->events++;
+}
+KOGC_DEVICE void add_released(u32* p, u32 v) {  // after a barrier of the block: what any of its threads has stored is seen
+  emulated::flush_block();
+  add_word(p, v);
 }
 KOGC_DEVICE u32 load_acquired(const u32* p) { return load_relaxed<u32>(p); }
 KOGC_DEVICE void store_host(void* p, i32 v) { *(volatile i32*)p = v; }

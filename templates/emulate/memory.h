@@ -68,6 +68,12 @@ inline void flush_stores() {
     if (!m.later[i].barrier && m.later[i].fiber == fiber) perform(i);
 }
 
+inline void flush_block() {
+  Machine& m = *machine;
+  for (size_t i = m.later.size(); i-- > 0;)
+    if (!m.later[i].barrier && m.fibers[m.later[i].fiber].block == m.current->block) perform(i);
+}
+
 // --- instructions in which the lanes of a warp meet ----------------------------------------------------------------------
 template <class Work> inline void together(int instruction, int mask, Work work) {
   Warp& w = machine->warp();
