@@ -28,6 +28,7 @@
 #include "cuda/pass_layout.cuh"
 #include "cuda/pass_stream.cuh"
 #include "cuda/pass_product.cuh"
+#include "cuda/merge.cuh"
 #include "cuda/pass_attention.cuh"
 #include "cuda/pass.cuh"
 #include "cuda/sample_layout.cuh"

@@ -15,7 +15,8 @@ from .profile import GpuProfile
 from .resources import data_dir
 
 PASSES = (  # left out where a block's memory does not hold a pass of many tokens
-    "cuda/pass_layout.cuh", "cuda/pass_stream.cuh", "cuda/pass_product.cuh", "cuda/pass_attention.cuh", "cuda/pass.cuh",
+    "cuda/pass_layout.cuh", "cuda/pass_stream.cuh", "cuda/pass_product.cuh", "cuda/merge.cuh",
+    "cuda/pass_attention.cuh", "cuda/pass.cuh",
 )  # fmt: skip
 SAMPLES = (  # left out where there are no passes, or a block's memory does not hold 16 columns of activations
     "cuda/sample_layout.cuh", "cuda/sample_stream.cuh", "cuda/sample_product.cuh", "cuda/sample_attention.cuh",

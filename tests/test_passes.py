@@ -131,7 +131,7 @@ def test_the_host_can_end_a_prompt() -> None:
 BUGS = {
     "results are read before all blocks have met": (
         "cuda/pass_layout.cuh",
-        "while (load_acquired(grid_count(args)) < needed) spin.step(where, WAIT_PASS, needed);",
+        "while ((RELEASED ? load_acquired(count) : load_word(count)) < needed) spin.step(where, WAIT_PASS, needed);",
         "",
     ),
     "activations are copied before they are made": ("cuda/pass_stream.cuh", "if (seen_ < needed) return false;", ""),

@@ -7,9 +7,8 @@ namespace kogc {
 
 template <class P> class PassAttention {
   using Q = typename P::Pass;
-  static constexpr int DIM = P::HEAD_DIM, ROW = DIM + 16, OUT = DIM + 4, STEPS = DIM / 16, TILE = 16, TOGETHER = Q::TILES_TOGETHER;
+  static constexpr int DIM = P::HEAD_DIM, ROW = DIM + 16, STEPS = DIM / 16, TILE = 16, TOGETHER = Q::TILES_TOGETHER;
   static constexpr int COLUMNS = Q::TOKENS * P::GROUP, TILES = (COLUMNS + 7) / 8, ITEMS = (TILES + TOGETHER - 1) / TOGETHER;
-  struct alignas(8) Pair { float a, b; };
 
  public:
   static constexpr int COUNT = P::KV_HEADS * ITEMS;
@@ -43,9 +42,9 @@ template <class P> class PassAttention {
     }
     products(args, layer, kv_head, lowest, last);
     KOGC_UNROLL for (int k = 0; k < TOGETHER; k++) {
-      finish(k);
+      merge().put(softmax_[k]);
       sync();
-      outputs([&](int c, int d, const float (&four)[4]) {
+      merge().outputs(8, [&](int c, int d, const float (&four)[4]) {
         const int token = (first + 8 * k + c) / P::GROUP, head = kv_head * P::GROUP + (first + 8 * k + c) % P::GROUP;
         if (token < count) store(token, head * DIM + d, four);
       });
@@ -55,7 +54,7 @@ template <class P> class PassAttention {
 
  private:
   static KOGC_DEVICE u16* query(int tile, int row) { return (u16*)(shared() + Q::ATTENTION_OFFSET) + (tile * 16 + row) * ROW; }
-  static KOGC_DEVICE Pair* out(int warp, int pair) { return (Pair*)query(TOGETHER, 0) + (warp * 4 + pair) * OUT; }
+  static KOGC_DEVICE Merge<P> merge() { return {query(TOGETHER, 0)}; }
   static KOGC_DEVICE int row() { return lane() >> 2; }
   static KOGC_DEVICE int column() { return (lane() & 3) * 2; }
 
@@ -109,42 +108,6 @@ template <class P> class PassAttention {
       const int at = base + row() + i / 2 * 8;
       const float score = scales.key((c[0][0][i] + c[0][1][i]) + (c[1][0][i] + c[1][1][i]), i);
       p[i] = at >= lowest_[tile][i % 2] && at <= position_[tile][i % 2] ? score : LOWEST;
-    }
-  }
-
-  KOGC_DEVICE void finish(int tile) {
-    RunningSoftmax<DIM>& s = softmax_[tile];
-    s.add_lanes();
-    Pair* to = out(warp(), lane() & 3) + row();
-    KOGC_UNROLL for (int j = 0; j < STEPS; j++) {
-      to[j * 16] = {s.o[j][0], s.o[j][1]};
-      to[j * 16 + 8] = {s.o[j][2], s.o[j][3]};
-    }
-    if (row() == 0) {
-      to[DIM] = {s.maximum[0], s.maximum[1]};
-      to[DIM + 1] = {s.sum[0], s.sum[1]};
-    }
-    s = {};
-  }
-
-  // Hands four outputs of each column to `result(column, dimension, values)`.
-  template <class Result> KOGC_DEVICE void outputs(Result result) {
-    for (int i = thread(); i < 4 * DIM / 4; i += THREADS) {
-      const int pair = i / (DIM / 4), d = i % (DIM / 4) * 4;
-      Pair maximum = {LOWEST, LOWEST}, sum = {}, o[4] = {};
-      KOGC_UNROLL for (int w = 0; w < WARPS; w++) {
-        const Pair m = out(w, pair)[DIM];
-        maximum = {fmaxf(maximum.a, m.a), fmaxf(maximum.b, m.b)};
-      }
-      KOGC_UNROLL for (int w = 0; w < WARPS; w++) {
-        const Pair* of = out(w, pair);
-        const Pair weight = {exp2_fast(of[DIM].a - maximum.a), exp2_fast(of[DIM].b - maximum.b)};
-        sum = {sum.a + weight.a * of[DIM + 1].a, sum.b + weight.b * of[DIM + 1].b};
-        KOGC_UNROLL for (int e = 0; e < 4; e++) o[e] = {o[e].a + weight.a * of[d + e].a, o[e].b + weight.b * of[d + e].b};
-      }
-      const float a = reciprocal(sum.a) * Scales<P>::UNIT, b = reciprocal(sum.b) * Scales<P>::UNIT;
-      result(2 * pair, d, {o[0].a * a, o[1].a * a, o[2].a * a, o[3].a * a});
-      result(2 * pair + 1, d, {o[0].b * b, o[1].b * b, o[2].b * b, o[3].b * b});
     }
   }
 

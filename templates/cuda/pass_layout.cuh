@@ -27,8 +27,7 @@ template <class P, class M, class S> KOGC_DEVICE Part part() {
 }
 
 // What the phases of a pass differ in. One instance of the code serves all: these are read, not compiled in.
-struct PassPhase {
-  Part part;
+struct PassPhase : Part {
   int unit, units, slice;  // rows of a unit; the phase's units; fragments of each in a stage
   int rows_padded;
   int x, y;                // activation and partial results, in bytes of the scratch memory

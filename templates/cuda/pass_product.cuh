@@ -19,11 +19,11 @@ template <class P> class PassProduct {
     PassSlices<P> slices;
     slices.phase = phase;
     const PassPhase& p = slices.now();
-    if (!p.part.tiles) return;
+    if (!p.tiles) return;
     Moved moved;
     do {
       Sums c = {};
-      const int tiles = slices.tiles(), first = p.part.first_tile + slices.sweep;
+      const int tiles = slices.tiles(), first = p.first_tile + slices.sweep;
       do {
         wait(at, where);
         multiply(c, at.slot, slices, p.unit, p.slice, tiles);

@@ -28,15 +28,7 @@ template <class P> struct PassRing {
   }
 };
 
-template <class P> struct PassCursor {
-  int slot = 0;
-  u32 parity = 0;
-  KOGC_DEVICE void advance() {
-    if (++slot < P::Pass::STAGES) return;
-    slot = 0;
-    parity ^= 1;
-  }
-};
+template <class P> using PassCursor = Cursor<typename P::Pass>;
 
 // Where weights of a unit of rows lie: any block's slab.
 template <class P> struct Slabs {
@@ -68,25 +60,28 @@ template <class P> struct Slabs {
 };
 
 // This block's part of a phase, slice by slice of columns; with more tiles than are multiplied at once, in several sweeps.
+// P::Pass is a plan of passes or of samples; `words` finds what its phases differ in.
 enum Moved { SAME_ROWS, OTHER_ROWS, PHASE_ENDED };
-template <class P> struct PassSlices {
+template <class P, auto& (*words)()> struct Slices {
   int phase = QKV, sweep = 0, fragment = 0;  // sweep, fragment: first tile and fragment at hand, from the part's own
 
-  KOGC_DEVICE const PassPhase& now() const { return pass_words<P>().phases[phase]; }
-  KOGC_DEVICE int tiles() const { return smaller(now().part.tiles - sweep, P::Pass::SWEEP_TILES); }
-  KOGC_DEVICE int fragments() const { return smaller(now().part.fragments - fragment, now().slice); }
+  KOGC_DEVICE const auto& now() const { return words().phases[phase]; }
+  KOGC_DEVICE int tiles() const { return smaller(now().tiles - sweep, P::Pass::SWEEP_TILES); }
+  KOGC_DEVICE int fragments() const { return smaller(now().fragments - fragment, now().slice); }
 
   KOGC_DEVICE Moved advance() {
     fragment += now().slice;
-    if (fragment < now().part.fragments) return SAME_ROWS;
+    if (fragment < now().fragments) return SAME_ROWS;
     fragment = 0;
     sweep += P::Pass::SWEEP_TILES;
-    return sweep < now().part.tiles ? OTHER_ROWS : PHASE_ENDED;
+    return sweep < now().tiles ? OTHER_ROWS : PHASE_ENDED;
   }
 
  private:
   static KOGC_DEVICE int smaller(int a, int b) { return a < b ? a : b; }
 };
+
+template <class P> using PassSlices = Slices<P, pass_words<P>>;
 
 // The same through all phases, layers and passes, in the order in which the consumers meet them.
 template <class P> class PassWalk {
@@ -120,7 +115,7 @@ template <class P> class PassWalk {
     first_ += P::Pass::TOKENS;
   }
   KOGC_DEVICE void skip_empty() {
-    while (!ended() && !slices.now().part.tiles) next_phase();
+    while (!ended() && !slices.now().tiles) next_phase();
   }
 
   const KernelArgs& args_;
@@ -179,14 +174,14 @@ template <class P> class PassProducer {
   // This lane's unit of the sweep at hand.
   KOGC_DEVICE void find_units() {
     const PassPhase& p = weights_.slices.now();
-    const int i = (p.part.first_tile + weights_.slices.sweep) * (TILE_ROWS / p.unit) + lane() * PASS_PRODUCERS + producer();
-    from_ = i < p.units ? Slabs<P>::unit(args_, weights_.layer, weights_.slices.phase, i) + p.part.first_fragment * FRAGMENT_BYTES : nullptr;
+    const int i = (p.first_tile + weights_.slices.sweep) * (TILE_ROWS / p.unit) + lane() * PASS_PRODUCERS + producer();
+    from_ = i < p.units ? Slabs<P>::unit(args_, weights_.layer, weights_.slices.phase, i) + p.first_fragment * FRAGMENT_BYTES : nullptr;
   }
 
   KOGC_DEVICE void copy_weights() {
     const PassPhase& p = weights_.slices.now();
     const int of_tile = TILE_ROWS / p.unit, bytes = weights_.slices.fragments() * FRAGMENT_BYTES, stride = p.slice * FRAGMENT_BYTES;
-    const int left = p.units - (p.part.first_tile + weights_.slices.sweep) * of_tile, wanted = weights_.slices.tiles() * of_tile;
+    const int left = p.units - (p.first_tile + weights_.slices.sweep) * of_tile, wanted = weights_.slices.tiles() * of_tile;
     const int units = left < wanted ? left : wanted;  // the last tile may have fewer
     const int own = (units - producer() + PASS_PRODUCERS - 1) / PASS_PRODUCERS;
     Barrier* full = PassRing<P>::full(weights_.at.slot);
@@ -200,7 +195,7 @@ template <class P> class PassProducer {
     const PassPhase& p = activations_.slices.now();
     const int column_bytes = 256 / p.unit * Q::TOKENS * 2;  // of the columns of a fragment
     const int all = activations_.slices.fragments() * column_bytes, bytes = all / PASS_PRODUCERS;
-    const u8* from = args_.scratch + p.x + (p.part.first_fragment + activations_.slices.fragment) * column_bytes;
+    const u8* from = args_.scratch + p.x + (p.first_fragment + activations_.slices.fragment) * column_bytes;
     Barrier* full = PassRing<P>::full(activations_.at.slot);
     expect_pieces(full, bytes);
     copy_pieces(1, PassRing<P>::stage(activations_.at.slot) + Q::STAGE_BYTES - all + producer() * bytes, 0, from + producer() * bytes, bytes, full, keep_);

@@ -7,10 +7,9 @@ namespace kogc {
 
 template <class P> class SampleAttention {
   using Q = typename P::Samples;
-  static constexpr int DIM = P::HEAD_DIM, ROW = DIM + 16, OUT = DIM + 4, STEPS = DIM / 16, TILE = 16, HEADS = P::HEADS_PER_BLOCK;
+  static constexpr int DIM = P::HEAD_DIM, ROW = DIM + 16, STEPS = DIM / 16, TILE = 16, HEADS = P::HEADS_PER_BLOCK;
   static constexpr bool VALUES_AHEAD = KEYS_AHEAD && DIM <= 64;  // wider heads leave no registers for values before their scores are known
   static constexpr int CHAINS = KEYS_AHEAD ? 2 : 1;  // of dependent products
-  struct alignas(8) Pair { float a, b; };
 
  public:
   KOGC_DEVICE SampleAttention(const SampleArgs& args, int layer, int position, int sample, int kv_head)
@@ -33,16 +32,16 @@ template <class P> class SampleAttention {
       if (late) load(k, tiles.at(*this, warp()));
       if (VALUES_AHEAD && late) load(v[0], tiles.at(*this, warp()) + STEPS * 32);
       products(tiles, k, v);
-      finish();
+      merge().put(softmax_);
       sync();
-      outputs(heads, [&](int head, int d, const float (&four)[4]) { store((first + head) * DIM + d, four); });
+      merge().outputs(heads, [&](int head, int d, const float (&four)[4]) { store((first + head) * DIM + d, four); });
       sync();
     }
   }
 
  private:
   static KOGC_DEVICE u16* query(int row) { return (u16*)(shared() + Q::WORK_OFFSET) + row * ROW; }
-  static KOGC_DEVICE Pair* out(int warp, int pair) { return (Pair*)query(16) + (warp * 4 + pair) * OUT; }
+  static KOGC_DEVICE Merge<P> merge() { return {query(16)}; }
   static KOGC_DEVICE int row() { return lane() >> 2; }
   static KOGC_DEVICE int column() { return (lane() & 3) * 2; }
 
@@ -128,41 +127,6 @@ template <class P> class SampleAttention {
   }
 
   static KOGC_DEVICE float sum(const float (&c)[CHAINS][4], int i) { return CHAINS == 2 ? c[0][i] + c[CHAINS - 1][i] : c[0][i]; }
-
-  KOGC_DEVICE void finish() {
-    softmax_.add_lanes();
-    Pair* to = out(warp(), lane() & 3) + row();
-    KOGC_UNROLL for (int j = 0; j < STEPS; j++) {
-      to[j * 16] = {softmax_.o[j][0], softmax_.o[j][1]};
-      to[j * 16 + 8] = {softmax_.o[j][2], softmax_.o[j][3]};
-    }
-    if (row() == 0) {
-      to[DIM] = {softmax_.maximum[0], softmax_.maximum[1]};
-      to[DIM + 1] = {softmax_.sum[0], softmax_.sum[1]};
-    }
-    softmax_ = {};
-  }
-
-  // Hands four outputs of each head to `result(head, dimension, values)`.
-  template <class Result> KOGC_DEVICE void outputs(int heads, Result result) {
-    for (int i = thread(); i < (heads + 1) / 2 * (DIM / 4); i += THREADS) {
-      const int pair = i / (DIM / 4), d = i % (DIM / 4) * 4;
-      Pair maximum = {LOWEST, LOWEST}, sum = {}, o[4] = {};
-      KOGC_UNROLL for (int w = 0; w < WARPS; w++) {
-        const Pair m = out(w, pair)[DIM];
-        maximum = {fmaxf(maximum.a, m.a), fmaxf(maximum.b, m.b)};
-      }
-      KOGC_UNROLL for (int w = 0; w < WARPS; w++) {
-        const Pair* of = out(w, pair);
-        const Pair weight = {exp2_fast(of[DIM].a - maximum.a), exp2_fast(of[DIM].b - maximum.b)};
-        sum = {sum.a + weight.a * of[DIM + 1].a, sum.b + weight.b * of[DIM + 1].b};
-        KOGC_UNROLL for (int e = 0; e < 4; e++) o[e] = {o[e].a + weight.a * of[d + e].a, o[e].b + weight.b * of[d + e].b};
-      }
-      const float a = reciprocal(sum.a) * Scales<P>::UNIT, b = reciprocal(sum.b) * Scales<P>::UNIT;
-      result(2 * pair, d, {o[0].a * a, o[1].a * a, o[2].a * a, o[3].a * a});
-      if (2 * pair + 1 < heads) result(2 * pair + 1, d, {o[0].b * b, o[1].b * b, o[2].b * b, o[3].b * b});
-    }
-  }
 
   const SampleArgs& args_;
   const int layer_, position_, sample_, kv_head_;

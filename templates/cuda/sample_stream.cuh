@@ -26,24 +26,7 @@ template <class P> KOGC_DEVICE const u8* sample_weights(const KernelArgs& args, 
   return args.slabs + block() * P::SLAB_BYTES + (u64)P::LAYERS * of_layer + (u32)(unit - first_unit) * S::template UNIT_BYTES<typename P::Head>;
 }
 
-// This block's part of a phase, slice by slice of columns, in sweeps of tiles.
-template <class P> struct SampleSlices {
-  int phase = QKV, sweep = 0, fragment = 0;  // first tile and fragment at hand
-
-  KOGC_DEVICE const SamplePhase& now() const { return sample_words<P>().phases[phase]; }
-  KOGC_DEVICE int tiles() const { return smaller(now().tiles - sweep, P::Samples::SWEEP_TILES); }
-  KOGC_DEVICE int fragments() const { return smaller(now().fragments - fragment, now().slice); }
-  KOGC_DEVICE Moved advance() {
-    fragment += now().slice;
-    if (fragment < now().fragments) return SAME_ROWS;
-    fragment = 0;
-    sweep += P::Samples::SWEEP_TILES;
-    return sweep < now().tiles ? OTHER_ROWS : PHASE_ENDED;
-  }
-
- private:
-  static KOGC_DEVICE int smaller(int a, int b) { return a < b ? a : b; }
-};
+template <class P> using SampleSlices = Slices<Sampled<P>, sample_words<P>>;
 
 template <class P> class SampleWalk {
  public:
