@@ -387,6 +387,7 @@ def test_bench_of_dummy_weights(spec: str, tmp_path: Path) -> None:
     assert all(test["tokens_per_second"] > 100 for test in result["tests"])
 
 
+@pytest.mark.parametrize("small", ["llama"], indirect=True)
 def test_an_artifact_is_opened_and_closed_many_times(small: Model) -> None:
     """No memory is left behind."""
     free = [_free_memory()]
