@@ -125,6 +125,16 @@ class SampledTokens:
     logprobs: list[list[Logprobs]]
 
 
+def planted(file: str, old: str, new: str) -> Patch:
+    """A patch that replaces a text in one header, and fails where the text is not there any more."""
+
+    def patch(headers: dict[str, str]) -> dict[str, str]:
+        assert old in headers[file], f"{file} has changed: plant the bug anew"
+        return {**headers, file: headers[file].replace(old, new)}
+
+    return patch
+
+
 class Emulated:
     """A plan and its packed checkpoint on the emulated machine. The KV cache lives as long as this object.
 

@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 import random_checkpoint as rc
 import torch
-from emulator import Emulated, EmulatorError
+from emulated_cases import SMALL, TINY, error, prompt
+from emulator import Emulated, EmulatorError, planted
 from fp8_cache import over_cache
-from test_emulated import SAMPLED, SMALL, TINY, error, prompt, sampled_as_the_reference
+from test_emulated_sampling import SAMPLED, sampled_as_the_reference
 
 from kogc.importer import spec_from_dir
 from kogc.plan.check import check
@@ -118,12 +119,7 @@ def emulated(name: str) -> Emulated:
 
 def patched(case: str, file: str, old: str, new: str) -> Emulated:
     """A case's kernel with one text in one of its headers replaced."""
-
-    def patch(headers: dict[str, str]) -> dict[str, str]:
-        assert old in headers[file], f"{file} has changed: plant the bug anew"
-        return {**headers, file: headers[file].replace(old, new)}
-
-    return Emulated(*planned(case), patch)
+    return Emulated(*planned(case), planted(file, old, new))
 
 
 def test_the_cases_cover_what_a_plan_can_hold() -> None:

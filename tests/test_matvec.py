@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import random_checkpoint as rc
+from emulated_cases import SMALL, Case, plan_of
 from emulator import Buffer, Emulated, EmulatorError
-from test_emulated import SMALL, Case, plan_of
 
 from kogc.checkpoint import to_float32
 from kogc.packing import unpack_rows

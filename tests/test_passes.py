@@ -7,14 +7,14 @@ import itertools
 from dataclasses import replace
 from typing import Any
 
+import emulated_cases as one_by_one
 import numpy as np
 import pytest
 import random_checkpoint as rc
-import test_emulated as one_by_one
 import torch
-from emulator import Emulated, EmulatorError
+from emulated_cases import SMALL, TINY, Case, error, prompt
+from emulator import Emulated, EmulatorError, planted
 from fp8_cache import over_cache
-from test_emulated import SMALL, TINY, Case, error, prompt
 
 from kogc.errors import KogcError
 from kogc.plan.check import check
@@ -157,12 +157,7 @@ BUGS = {
 def test_a_planted_bug_is_noticed(bug: str) -> None:
     good, checkpoint = emulated("llama")
     file, old, new = BUGS[bug]
-
-    def patch(headers: dict[str, str]) -> dict[str, str]:
-        assert old in headers[file], f"{file} has changed: plant the bug anew"
-        return {**headers, file: headers[file].replace(old, new)}
-
-    bad = Emulated(good.plan, checkpoint, patch)
+    bad = Emulated(good.plan, checkpoint, planted(file, old, new))
     tokens = prompt(good.plan.spec.vocab, 75)
     good.buffers["kv"].bytes[:] = 0
     good.prompt(tokens)

@@ -7,14 +7,14 @@ import itertools
 from dataclasses import replace
 from typing import Any
 
+import emulated_cases as one_by_one
 import numpy as np
 import pytest
 import random_checkpoint as rc
-import test_emulated as one_by_one
 import test_passes as in_passes
 import torch
-from emulator import Emulated, EmulatorError, SampledTokens
-from test_emulated import SMALL, TINY, Case, error, prompt
+from emulated_cases import SMALL, TINY, Case, error, prompt
+from emulator import Emulated, EmulatorError, SampledTokens, planted
 
 from kogc.errors import KogcError
 from kogc.plan.check import check
@@ -272,12 +272,7 @@ BUGS = {
 def test_a_planted_bug_is_noticed(bug: str) -> None:
     name, file, old, new = BUGS[bug]
     good, checkpoint = emulated(name)
-
-    def patch(headers: dict[str, str]) -> dict[str, str]:
-        assert old in headers[file], f"{file} has changed: plant the bug anew"
-        return {**headers, file: headers[file].replace(old, new)}
-
-    bad = Emulated(good.plan, checkpoint, patch, samples=True)
+    bad = Emulated(good.plan, checkpoint, planted(file, old, new), samples=True)
     tokens = prompt(good.plan.spec.vocab, 7)
     stop = [made(good, tokens, 9, 3).tokens[4][0]]
     for model in (good, bad):  # what an earlier, longer prompt has left

@@ -59,7 +59,7 @@ class Scheduler {
     Machine& m = *machine;
     while (m.live && !m.stopped) {
       while (!m.later.empty() && m.random.once_in(2)) perform_any();
-      if (m.random.once_in(8)) wake(m.random.below((word)warps()));
+      if (!m.stalled && m.random.once_in(8)) wake(m.random.below((word)warps()));
       if (m.random.once_in(1000)) rest();
       const int warp = pick();
       if (warp >= 0) run_warp(warp);
