@@ -157,6 +157,16 @@ class Emulated:
         self._launch(tokens, 0, (), seed, start, out)
         return out.bytes.view(np.float32).reshape(len(tokens), -1)
 
+    def differs(self, tokens: Sequence[int], expected: np.ndarray, orders: int) -> bool:
+        """Whether logits are not, to the bit, those expected, or the machine stops, in some of so many orders."""
+        for seed in range(1, orders + 1):
+            try:
+                if not np.array_equal(self.logits(tokens, seed), expected):
+                    return True
+            except EmulatorError:
+                return True
+        return False
+
     def generate(
         self,
         tokens: Sequence[int],

@@ -249,15 +249,7 @@ def test_a_planted_bug_is_noticed(bug: str) -> None:
     case, file, old, new = BUGS[bug]
     sound, broken = emulated(case), patched(case, file, old, new)
     tokens = prompt(sound.plan.spec.vocab, max(6, CASES[case].tokens))
-    expected = sound.logits(tokens)
-
-    def seen(seed: int) -> bool:
-        try:
-            return not np.array_equal(broken.logits(tokens, seed), expected)
-        except EmulatorError:
-            return True
-
-    assert any(seen(seed) for seed in range(1, 9))
+    assert broken.differs(tokens, sound.logits(tokens), orders=8)
 
 
 @pytest.mark.parametrize("name", ["cdna-planted", "rdna-planted"])
