@@ -174,3 +174,14 @@ def test_hopper_has_the_stages_that_were_measured(name: str) -> None:
     for gpu in ("h200-sxm", "h100-sxm"):
         knobs = make_plan(load_spec(name), load_profile(gpu)).knobs
         assert (knobs.stage_bytes, knobs.in_flight_head, knobs.prefetch, knobs.pace) == (16384, 4, 8, 900)
+
+
+def test_units_of_eight_rows_where_units_of_four_have_too_few_groups() -> None:
+    """Unless that is too many bytes more for the busiest block."""
+
+    def units(model: str, gpu: str) -> dict[str, int]:
+        plan = make_plan(load_spec(model), load_profile(gpu), Options(max_context=2048))
+        return {phase.name: phase.unit for phase in plan.layer_phases}
+
+    assert units("qwen2.5-1.5b", "h200-sxm") == {"qkv": 8, "o": 8, "gate_up": 8, "down": 4}
+    assert units("qwen3-0.6b", "b200")["gate_up"] == 4

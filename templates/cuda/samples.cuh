@@ -8,7 +8,6 @@ namespace kogc {
 template <class P> class SampleSteps : SampleResidual<P> {
   using Base = SampleResidual<P>;
   using Base::add, Base::args_, Base::embed, Base::normed_, Base::put_padding, Base::put_squares, Base::scales, Base::words;
-  using typename Base::Two;
   using Q = typename P::Samples;
   using S = Sampled<P>;
   using Group = Choosers<P>;  // of the blocks that choose a sample's token
