@@ -131,7 +131,7 @@ KOGC_DEVICE void prepare(const KernelArgs& args, AttentionCore<P>& core, int kv_
   const u16* gamma = args.qk_norms + (u64)where.layer * 2 * P::HEAD_DIM;
   const float scale = LOG2E * P::INVERSE_SQRT_HEAD_DIM;
   u8* chunk = chunk_address<P>(args.kv, where.layer, kv_head, position / CHUNK);
-  for (int i = warp(); i < heads + 2 * owner; i += WARPS) {
+  for (int i = scalar(warp()); i < heads + 2 * owner; i += WARPS) {
     HeadVector<P> v;
     const bool query = i < heads, key = i == heads;
     const int row = query ? (first_head + i) * P::HEAD_DIM : P::Q_ROWS + ((key ? 0 : P::KV_HEADS) + kv_head) * P::HEAD_DIM;

@@ -28,22 +28,27 @@ template <class Load, class Use> KOGC_DEVICE void each_row(int count, Load load,
 // How many choices there have been at this step, as the tag of the words that each choice writes once.
 KOGC_DEVICE u32 choice_tag(const KernelArgs& args, int step) { return (u32)(step - args.n_prompt + 2) & TAG_MASK; }
 
-// Fetches the tagged words that `pending` names, `address(i)` each; all loads are issued before the first is checked.
+// Fetches the tagged words that `pending` names, `address(i)` each; the others are zero. A warp polls as one; all loads are
+// issued before the first is checked.
 template <int N, class Address>
 KOGC_DEVICE void take_keys(u64 (&v)[N], u32 pending, u32 tag, const Where& where, Site site, Address address) {
   KOGC_UNROLL for (int i = 0; i < N; i++) v[i] = 0;
-  Spin spin;
-  while (pending) {
+  for (Spin spin;; spin.step(where, site, tag)) {
     KOGC_UNROLL for (int i = 0; i < N; i++) if (pending >> i & 1) v[i] = load_key(address(i));
-    KOGC_UNROLL for (int i = 0; i < N; i++) if ((pending >> i & 1) && ((u32)v[i] & TAG_MASK) == tag) pending &= ~(1u << i);
-    if (pending) spin.step(where, site, tag);
+    KOGC_UNROLL for (int i = 0; i < N; i++) pending &= ~((u32)(((u32)v[i] & TAG_MASK) == tag) << i);
+    if (all_lanes(pending == 0)) break;
   }
 }
 
-KOGC_DEVICE u64 take_key(const u64* from, u32 tag, const Where& where, Site site) {
+KOGC_DEVICE u64 take_key(bool wanted, const u64* from, u32 tag, const Where& where, Site site) {
   u64 v[1];
-  take_keys<1>(v, 1, tag, where, site, [&](int) { return from; });
+  take_keys<1>(v, wanted, tag, where, site, [&](int) { return from; });
   return v[0];
+}
+
+// use(b, whether there is a block b): each block is some thread's, and the threads of a warp go together.
+template <class P, class Use> KOGC_DEVICE void each_block(Use use) {
+  for (int first = 0; first < P::BLOCKS; first += THREADS) use(first + thread(), first + thread() < P::BLOCKS);
 }
 
 // The largest key of the block, on every thread.
@@ -53,18 +58,19 @@ template <class P> KOGC_DEVICE u64 block_maximum(u64 key) {
   sync();  // the last reader of the area is done
   if (lane() == 0) of_warps[warp()] = key;
   sync();
-  for (int w = 0; w < WARPS; w++) key = larger(key, of_warps[w]);
-  return key;
+  u64 largest = of_warps[0];
+  for (int w = 1; w < WARPS; w++) largest = larger(largest, of_warps[w]);
+  return largest;
 }
 
 // The largest of the blocks' keys, on every thread; the first block's also tells whether the host asks to stop.
 template <class P> KOGC_DEVICE u64 largest_of_blocks(const u64* keys, u32 tag, const Where& where, Site site) {
   u64 best = 0;
-  for (int b = thread(); b < P::BLOCKS; b += THREADS) {
-    const u64 key = take_key(keys + b, tag, where, site);
+  each_block<P>([&](int b, bool is) {
+    const u64 key = take_key(is, keys + b, tag, where, site);
     if (b == 0) words<P>().stop = (i32)(key >> STOP_BIT & 1);
     best = larger(best, without_tag(key));
-  }
+  });
   return block_maximum<P>(best);
 }
 

@@ -62,14 +62,20 @@ template <class P> class Decoder {
 #pragma unroll 1
     while (phase_ < HEAD || (phase_ == HEAD && Generation<P>::needs_head(args_, step))) {
       exchange_begins<P>();
-      if (phase_ != O) products_.begin(stream_, words<P>().work[phase_], where_);
+      if (phase_ == O) each_token([&](int i) { attend<P>(stream_, of_[i], position(i), parity_, where_); });
+      products_.begin(stream_, words<P>().work[phase_], where_);  // not before: keys and values lie ahead of O's weights
       input();
       exchange_ends<P>();
       if (phase_ == QKV) parity_ ^= 1;
       project();
       if (++phase_ == HEAD && ++where_.layer < P::LAYERS) phase_ = QKV;
     }
-    if constexpr (TOKENS == 1) return !chooses() || choose();
+    if constexpr (TOKENS == 1) {
+      if (chooses()) {
+        put_choice();
+        return choose();
+      }
+    }
     return true;
   }
 
@@ -88,7 +94,7 @@ template <class P> class Decoder {
   // Brings the phase's activation into shared memory, from what the blocks have put.
   KOGC_DEVICE void input() {
     if (phase_ == O) {
-      attention();
+      each_token([&](int i) { gather_attention(i); });
       mark(ATTENTION_GATHER);
     } else if (phase_ == DOWN) {
       each_token([&](int i) {
@@ -101,17 +107,11 @@ template <class P> class Decoder {
       Quad gamma[Residual<P>::OWN];  // arrives while the blocks are awaited
       Residual<P>::load_gamma(gamma, args_.norms + (u64)norm * P::HIDDEN);
       each_token([&](int i) {
-        if (!first) Residual<P>::add(slot(after_attention ? P::X_O : P::X_DOWN, i), i, parity_, where_, after_attention ? WAIT_O : WAIT_DOWN);
-        Residual<P>::normalise(gamma, i, activation<P>(i), P::HIDDEN_PADDED);
+        const float* added = first ? nullptr : slot(after_attention ? P::X_O : P::X_DOWN, i);
+        Residual<P>::advance(added, gamma, i, activation<P>(i), P::HIDDEN_PADDED, parity_, where_, after_attention ? WAIT_O : WAIT_DOWN);
       });
       mark(first ? EMBED : after_attention ? O_GATHER : DOWN_GATHER);
     }
-  }
-
-  KOGC_DEVICE void attention() {
-    each_token([&](int i) { attend<P>(stream_, of_[i], position(i), parity_, where_); });
-    products_.begin(stream_, words<P>().work[O], where_);  // not before: keys and values lie ahead of its weights
-    each_token([&](int i) { gather_attention(i); });
   }
 
   KOGC_DEVICE void gather_attention(int i) {
@@ -132,8 +132,8 @@ template <class P> class Decoder {
     const Work work = words<P>().work[phase_];
     const bool normalised = phase_ != O && phase_ != DOWN;
     const bool asks = phase_ == HEAD && block() == 0 && thread() == 0;
-    const i32 stop = asks ? load_host(args_.stop_word) : 0;  // arrives while the rows stream
-    u64 best = 0;
+    stop_ = asks ? load_host(args_.stop_word) : 0;  // arrives while the rows stream
+    best_ = 0;
     float* const slot_of_first = slot(work.exchange, 0);  // a token alone has it found before its rows come
     const u16* bias = args_.qkv_bias + (u64)where_.layer * P::Qkv::ROWS;
     const int mine = work.first + ROWS_TOGETHER * thread();
@@ -155,7 +155,7 @@ template <class P> class Decoder {
         }
       } else if (phase_ == HEAD) {
         KOGC_UNROLL for (int e = 0; e < ROWS_TOGETHER; e++)
-          if (row + e < work.rows) best = larger(best, consider(i, first + e, row + e, y[e]));
+          if (row + e < work.rows) best_ = larger(best_, consider(i, first + e, row + e, y[e]));
       } else {
         if (P::QKV_BIAS && phase_ == QKV) {
           Quad q = row == mine ? early : *(const Quad*)(bias + row);
@@ -170,7 +170,6 @@ template <class P> class Decoder {
       if (work.first + first < work.rows) each_token([&](int i) { put_rows(i, first, sums[i]); });
     });
     if (phase_ != HEAD) mark(output_mark());
-    else if constexpr (TOKENS == 1) if (chooses()) put_choice(best, stop);
   }
 
   // --- the choice of a token -------------------------------------------------------------------------------------------
@@ -185,12 +184,12 @@ template <class P> class Decoder {
     return key_of(logit, row);
   }
 
-  KOGC_DEVICE void put_choice(u64 best, i32 stop) {
+  KOGC_DEVICE void put_choice() {
     const u32 tag = choice_tag(args_, where_.step);
-    if (thread() == 0) words<P>().stop = stop;
-    best = args_.choice ? sample<P>(args_, where_.step, best) : block_maximum<P>(best);
+    if (thread() == 0) words<P>().stop = stop_;
+    const u64 best = args_.choice ? sample<P>(args_, where_.step, best_) : block_maximum<P>(best_);
     if (thread() != 0) return;
-    store_key(keys() + block(), best | (u64)(stop != 0) << STOP_BIT | tag);
+    store_key(keys() + block(), best | (u64)(stop_ != 0) << STOP_BIT | tag);
     if (args_.choice & LOGPROBS) put_raw<P>(args_, best ? raw(row_of(best)) : 0, tag);
   }
 
@@ -228,6 +227,8 @@ template <class P> class Decoder {
   Where where_;
   MatVec<P> products_;
   int phase_ = QKV;
+  i32 stop_ = 0;  // of the vocabulary projection: whether the host asks to stop, and this thread's best row
+  u64 best_ = 0;
   u32 parity_ = 0, combined_parity_[TOKENS] = {};
 };
 

@@ -27,39 +27,34 @@ template <int BIT = FLOAT_BIT> KOGC_DEVICE bool ready(const Words& w, u32 parity
   return ((w.x & w.y & w.z & w.w) >> BIT & 1u) == parity && ((w.x | w.y | w.z | w.w) >> BIT & 1u) == parity;
 }
 
-// The same for single words.
-template <int N, class Address>
-KOGC_DEVICE void take(float (&v)[N], u32 pending, u32 parity, const Where& where, Site site, Address address) {
-  static_assert(N <= 32);
-  KOGC_UNROLL for (int i = 0; i < N; i++) v[i] = 0;
-  Spin spin;
-  while (pending) {
-    u32 w[N] = {};
-    KOGC_UNROLL for (int i = 0; i < N; i++) if (pending >> i & 1) w[i] = load_word(address(i));
-    KOGC_UNROLL for (int i = 0; i < N; i++) {
-      if (!(pending >> i & 1) || (w[i] & 1u) != parity) continue;
-      v[i] = as_float(w[i] & ~1u);
-      pending &= ~(1u << i);
-    }
-    if (pending) spin.step(where, site, parity);
-  }
-}
-
-// Fetch the vectors of four words that `pending` names, `address(i)` each; the others are zero. All loads are issued before
-// the first is checked: one after the other they would cost a round trip each. (A register that is only written under a
-// predicate would stay live through the whole kernel: hence the zeros.)
+// Fetch the vectors of four words that `pending` names, `address(i)` each; the others are zero. A warp polls as one, until
+// all its lanes have all that they want; all loads are issued before the first is checked: one after the other they would
+// cost a round trip each.
 template <int N, int BIT = FLOAT_BIT, class Address>
 KOGC_DEVICE void take_vectors(Words (&v)[N], u32 pending, u32 parity, const Where& where, Site site, Address address) {
   static_assert(N <= 32);
   KOGC_UNROLL for (int i = 0; i < N; i++) v[i] = {0, 0, 0, 0};
-  Spin spin;
-  while (pending) {
-    KOGC_UNROLL for (int i = 0; i < N; i++) if (pending >> i & 1) v[i] = load_words(address(i));
-    KOGC_UNROLL for (int i = 0; i < N; i++) if ((pending >> i & 1) && ready<BIT>(v[i], parity)) pending &= ~(1u << i);
-    if (pending) spin.step(where, site, parity);
+  for (Spin spin;; spin.step(where, site, parity)) {
+    KOGC_UNROLL for (int i = 0; i < N; i++) load_words_if(pending >> i & 1, v[i], address(i));
+    KOGC_UNROLL for (int i = 0; i < N; i++) pending &= ~((u32)ready<BIT>(v[i], parity) << i);
+    if (all_lanes(pending == 0)) break;
   }
   constexpr u32 KEEP = ~(1u << BIT);
   KOGC_UNROLL for (int i = 0; i < N; i++) v[i] = {v[i].x & KEEP, v[i].y & KEEP, v[i].z & KEEP, v[i].w & KEEP};
+}
+
+// The same for single words.
+template <int N, class Address>
+KOGC_DEVICE void take(float (&v)[N], u32 pending, u32 parity, const Where& where, Site site, Address address) {
+  static_assert(N <= 32);
+  u32 w[N];
+  KOGC_UNROLL for (int i = 0; i < N; i++) w[i] = 0;
+  for (Spin spin;; spin.step(where, site, parity)) {
+    KOGC_UNROLL for (int i = 0; i < N; i++) load_word_if(pending >> i & 1, w[i], address(i));
+    KOGC_UNROLL for (int i = 0; i < N; i++) pending &= ~((u32)((w[i] & 1u) == parity) << i);
+    if (all_lanes(pending == 0)) break;
+  }
+  KOGC_UNROLL for (int i = 0; i < N; i++) v[i] = as_float(w[i] & ~1u);
 }
 
 KOGC_DEVICE u32 first_bits(int count) { return (1u << count) - 1; }

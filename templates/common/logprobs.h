@@ -57,22 +57,25 @@ template <class P> KOGC_DEVICE void put_raw(const KernelArgs& args, float logit,
 // Writes the record of token `made`, chosen by `key`: its log-probability, then n_logprobs tokens, then theirs.
 template <class P> KOGC_COLD void put_record(const KernelArgs& args, int step, int made, u64 key, u32 tag) {
   const Where where{args, step, P::LAYERS};
-  const auto word = [&](int b, int i) { return take_key(candidates<P>(args, b) + i, tag, where, WAIT_CANDIDATES); };
+  const auto word = [&](bool wanted, int b, int i) { return take_key(wanted, candidates<P>(args, b) + i, tag, where, WAIT_CANDIDATES); };
   u64 best = 0;
-  for (int b = thread(); b < P::BLOCKS; b += THREADS) best = larger(best, without_tag(word(b, TOP)));
+  each_block<P>([&](int b, bool is) { best = larger(best, without_tag(word(is, b, TOP))); });
   best = block_maximum<P>(best);
   const float largest = value_of(best);
   float sum = 0;
-  for (int b = thread(); b < P::BLOCKS; b += THREADS) {
-    const u64 own = without_tag(word(b, TOP));
-    if (own) sum += as_float((u32)(word(b, SUM) >> 32)) * exp2_fast(LOG2E * (value_of(own) - largest));
-  }
+  each_block<P>([&](int b, bool is) {
+    const u64 own = without_tag(word(is, b, TOP)), of_block = word(own != 0, b, SUM);
+    if (own) sum += as_float((u32)(of_block >> 32)) * exp2_fast(LOG2E * (value_of(own) - largest));
+  });
   const float log_sum = largest + natural_log(block_sum<P>(sum));
   const int n = args.n_logprobs;
   u32* record = args.records + (u64)made * (1 + 2 * n);
-  for (int b = thread(); b < P::BLOCKS; b += THREADS)  // the winner's block knows its logit
-    if (without_tag(take_key((u64*)(args.exchange + P::X_KEYS) + b, tag, where, WAIT_KEYS)) == key)
-      store_host(record, (i32)as_word(as_float((u32)(word(b, RAW) >> 32)) - log_sum));
+  each_block<P>([&](int b, bool is) {  // the winner's block knows its logit
+    const u64 own = take_key(is, (u64*)(args.exchange + P::X_KEYS) + b, tag, where, WAIT_KEYS);
+    const bool won = is && without_tag(own) == key;
+    const u64 logit = word(won, b, RAW);
+    if (won) store_host(record, (i32)as_word(as_float((u32)(logit >> 32)) - log_sum));
+  });
 #pragma unroll 1
   for (int i = 0; i < n; i++) {
     if (thread() == 0) {
@@ -80,15 +83,14 @@ template <class P> KOGC_COLD void put_record(const KernelArgs& args, int step, i
       store_host(record + 1 + n + i, (i32)as_word(value_of(best) - log_sum));
     }
     u64 next = 0;
-#pragma unroll 1
-    for (int b = thread(); b < P::BLOCKS; b += THREADS)
+    each_block<P>([&](int b, bool is) {
       for (int k = 0; k < n; k++) {
-        const u64 other = without_tag(word(b, TOP + k));
-        if (other < best) {  // a block's keys are in order: the first that is smaller is its best
-          next = larger(next, other);
-          break;
-        }
+        const u64 other = without_tag(word(is, b, TOP + k));
+        if (other >= best) continue;
+        next = larger(next, other);
+        is = false;  // a block's keys are in order: the first that is smaller is its best
       }
+    });
     best = block_maximum<P>(next);
   }
   fence_host();

@@ -28,42 +28,36 @@ template <class P> struct Residual {
     }
   }
 
-  // Adds the vector that the phase before has put into `slot`.
-  static KOGC_DEVICE void add(const float* slot, int token, u32 parity, const Where& where, Site site) {
+  // Adds the vector that the phase before has put into `slot` (none: nullptr), and makes x = residual * gamma, rounded to the
+  // weights' type. The root mean square is one number: its inverse multiplies the results of the mat-vec (`scale`), so the
+  // reduction does not stand before it. FP16 could overflow: it is scaled first.
+  static KOGC_DEVICE void advance(const float* slot, const Quad (&gamma)[OWN], int token, u16* x, int padded, u32 parity,
+                                  const Where& where, Site site) {
+    float squares = 0;
     KOGC_UNROLL for (int i0 = 0; i0 < OWN; i0 += BATCH) {
+      Vector r[BATCH];
       Words v[BATCH];
-      int count = 0;
-      KOGC_UNROLL for (int i = 0; i < BATCH; i++) count += i0 + i < OWN && owns(i0 + i);
-      take_vectors<BATCH>(v, first_bits(count), parity, where, site, [&](int i) { return slot + 4 * vector(i0 + i); });
+      u32 mine = 0;
+      KOGC_UNROLL for (int i = 0; i < BATCH; i++) {
+        v[i] = {0, 0, 0, 0};
+        if (i0 + i >= OWN || !owns(i0 + i)) continue;
+        r[i] = own(i0 + i, token);
+        mine |= 1u << i;
+      }
+      if (slot) take_vectors<BATCH>(v, mine, parity, where, site, [&](int i) { return slot + 4 * vector(i0 + i); });
       KOGC_UNROLL for (int i = 0; i < BATCH; i++) {
         if (i0 + i >= OWN || !owns(i0 + i)) continue;
-        Vector& r = own(i0 + i, token);
-        r = {r.a + as_float(v[i].x), r.b + as_float(v[i].y), r.c + as_float(v[i].z), r.d + as_float(v[i].w)};
+        r[i] = {r[i].a + as_float(v[i].x), r[i].b + as_float(v[i].y), r[i].c + as_float(v[i].z), r[i].d + as_float(v[i].w)};
+        if constexpr (!P::FP16) store(x, i0 + i, r[i], gamma[i0 + i], 1);
+        own(i0 + i, token) = r[i];
+        squares += r[i].a * r[i].a + r[i].b * r[i].b + r[i].c * r[i].c + r[i].d * r[i].d;
       }
     }
-  }
-
-  // x = residual * gamma, rounded to the weights' type. The root mean square is one number: its inverse multiplies the
-  // results of the mat-vec (`scale`), so the reduction does not stand before it. FP16 could overflow: it is scaled first.
-  static KOGC_DEVICE void normalise(const Quad (&gamma)[OWN], int token, u16* x, int padded) {
-    float squares = 0;
-    KOGC_UNROLL for (int i = 0; i < OWN; i++) {
-      if (!owns(i)) continue;
-      const Vector r = own(i, token);
-      squares += r.a * r.a + r.b * r.b + r.c * r.c + r.d * r.d;
-    }
-    float early = 1;
     if constexpr (P::FP16) {
       reduce(squares, token);
       sync();
-      early = inverse_rms(token);
-    }
-    KOGC_UNROLL for (int i = 0; i < OWN; i++) {
-      if (!owns(i)) continue;
-      const Vector r = own(i, token);
-      const Quad g = {opaque(gamma[i].low), opaque(gamma[i].high)};
-      store_activation(x, vector(i), pack<P::FP16>(r.a * early * element<P::FP16>(g, 0), r.b * early * element<P::FP16>(g, 1),
-                                                   r.c * early * element<P::FP16>(g, 2), r.d * early * element<P::FP16>(g, 3)));
+      const float scale = inverse_rms(token);
+      KOGC_UNROLL for (int i = 0; i < OWN; i++) if (owns(i)) store(x, i, own(i, token), gamma[i], scale);
     }
     clear_activation(x, P::HIDDEN, padded);
     sync();
@@ -78,6 +72,12 @@ template <class P> struct Residual {
   }
 
  private:
+  static KOGC_DEVICE void store(u16* x, int i, const Vector& r, const Quad& gamma, float scale) {
+    const Quad g = {opaque(gamma.low), opaque(gamma.high)};  // opaque: unpacked here, not where it was loaded
+    store_activation(x, vector(i), pack<P::FP16>(r.a * scale * element<P::FP16>(g, 0), r.b * scale * element<P::FP16>(g, 1),
+                                                 r.c * scale * element<P::FP16>(g, 2), r.d * scale * element<P::FP16>(g, 3)));
+  }
+
   static KOGC_DEVICE float* warp_sums(int token) {
     static_assert(P::TOKENS * WARPS <= sizeof words<P>().warp_sums / sizeof(float));
     return words<P>().warp_sums + token * WARPS;
@@ -107,19 +107,20 @@ template <class P, int WORDS, bool PAIRS = false>
 KOGC_DEVICE void gather(const void* slot, u16* x, int padded, u32 parity, const Where& where, Site site) {
   constexpr int VECTORS = WORDS / 4, BATCH = VECTORS >= 8 * THREADS ? 8 : (VECTORS + THREADS - 1) / THREADS;
 #pragma unroll 1
-  for (int v0 = thread(); v0 < VECTORS; v0 += BATCH * THREADS) {
+  for (int first = 0; first < VECTORS; first += BATCH * THREADS) {
     Words v[BATCH];
-    const int left = (VECTORS - v0 + THREADS - 1) / THREADS, count = left < BATCH ? left : BATCH;
-    const auto address = [&](int i) { return (const Words*)slot + v0 + i * THREADS; };
-    take_vectors<BATCH, PAIRS ? PAIR_BIT : FLOAT_BIT>(v, first_bits(count), parity, where, site, address);
+    const auto vector = [&](int i) { return first + i * THREADS + thread(); };
+    const auto mine = [&](int i) { return (BATCH * THREADS >= VECTORS && (i + 1) * THREADS <= VECTORS) || vector(i) < VECTORS; };
+    u32 wanted = 0;
+    KOGC_UNROLL for (int i = 0; i < BATCH; i++) wanted |= (u32)mine(i) << i;
+    take_vectors<BATCH, PAIRS ? PAIR_BIT : FLOAT_BIT>(v, wanted, parity, where, site, [&](int i) { return (const Words*)slot + vector(i); });
     KOGC_UNROLL for (int i = 0; i < BATCH; i++) {
-      if (i >= count) continue;
-      const int vector = v0 + i * THREADS;
+      if (!mine(i)) continue;
       if constexpr (PAIRS) {
-        store_activation(x, 2 * vector, Quad{v[i].x, v[i].y});
-        store_activation(x, 2 * vector + 1, Quad{v[i].z, v[i].w});
+        store_activation(x, 2 * vector(i), Quad{v[i].x, v[i].y});
+        store_activation(x, 2 * vector(i) + 1, Quad{v[i].z, v[i].w});
       } else {
-        store_activation(x, vector, pack<P::FP16>(as_float(v[i].x), as_float(v[i].y), as_float(v[i].z), as_float(v[i].w)));
+        store_activation(x, vector(i), pack<P::FP16>(as_float(v[i].x), as_float(v[i].y), as_float(v[i].z), as_float(v[i].w)));
       }
     }
   }

@@ -22,10 +22,10 @@ template <class P> struct Rows {
       logits = (float*)(shared() + P::RESIDUAL_OFFSET);
       scores = logits + MOST;
     } else {
-      logits = (float*)(args.exchange + P::X_LOGITS) + first;
-      scores = (float*)(args.exchange + P::X_SCORES) + first;
+      logits = (float*)global(args.exchange + P::X_LOGITS) + first;
+      scores = (float*)global(args.exchange + P::X_SCORES) + first;
     }
-    seen = (u32*)(args.exchange + P::X_SEEN) + first;
+    seen = (u32*)global(args.exchange + P::X_SEEN) + first;
   }
   // Where the logit of the block's i-th row goes, which is row `row` of all.
   static KOGC_DEVICE float& logit(const KernelArgs& args, int i, int row) {
@@ -130,7 +130,7 @@ template <class P> KOGC_COLD u64 sample(const KernelArgs& args, int step, u64 gr
       if (thread() == 0) store_key(maxima + P::rank(), best | tag);
       largest = value_of(largest_of_blocks<P>(maxima, tag, where, WAIT_MAXIMA));
     }
-    if (agreed) {
+    if (scalar(agreed != 0)) {
       best = rows.holds(row_of(agreed)) ? agreed : 0;
     } else {
       u32 end = EVERYTHING;
@@ -144,7 +144,7 @@ template <class P> KOGC_COLD u64 sample(const KernelArgs& args, int step, u64 gr
   }
   if (thread() == 0) words<P>().agreed = agreed;
   exchange_ends<P>();
-  if (!agreed) return block_maximum<P>(best);
+  if (!scalar(agreed != 0)) return block_maximum<P>(best);
   sync();
   return best;
 }

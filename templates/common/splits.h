@@ -13,12 +13,13 @@ template <class P>
 KOGC_DEVICE void gather_partials(const KernelArgs& args, const Span<P>& span, u16* x, u32 parity, const Where& where) {
   constexpr int VECTORS = P::Q_ROWS / 4, BATCH = VECTORS > THREADS ? 2 : 1, SPLITS = P::GATHER_SPLITS;
   const int active = span.active();
-  for (int v0 = thread(); v0 < VECTORS; v0 += BATCH * THREADS) {
+  for (int first = 0; first < VECTORS; first += BATCH * THREADS) {
+    const int v0 = first + thread();
     Words w[SPLITS * 2 * BATCH];  // [split][outputs, sums][vector]
-    u32 pending = 0;
+    u32 wanted = 0;
     KOGC_UNROLL for (int i = 0; i < SPLITS * 2 * BATCH; i++)
-      if (i / (2 * BATCH) < active && v0 + i % BATCH * THREADS < VECTORS) pending |= 1u << i;
-    take_vectors<SPLITS * 2 * BATCH>(w, pending, parity, where, WAIT_PARTIAL, [&](int i) {
+      if (i / (2 * BATCH) < active && v0 + i % BATCH * THREADS < VECTORS) wanted |= 1u << i;
+    take_vectors<SPLITS * 2 * BATCH>(w, wanted, parity, where, WAIT_PARTIAL, [&](int i) {
       const int word = 4 * (v0 + i % BATCH * THREADS), head = word / P::HEAD_DIM;
       return partial_address<P>(args.exchange, head, span.split(i / (2 * BATCH))) + (i / BATCH % 2 ? P::HEAD_DIM : word % P::HEAD_DIM);
     });
@@ -53,11 +54,11 @@ KOGC_DEVICE void combine(const KernelArgs& args, const Span<P>& span, u32 parity
   Part* parts = (Part*)scratch<P>();
   const int active = span.active();
   for (int head = block(); head < P::HEADS; head += P::BLOCKS) {
-    for (int item = thread(); item < ITEMS; item += THREADS) {
-      const int vector = item % VECTORS;
+    for (int first = 0; first < ITEMS; first += THREADS) {
+      const int item = first + thread(), vector = item % VECTORS;
       Part p = {{0, 0, 0, 0}, LOWEST, 0};
-      for (int i = item / VECTORS; i < active; i += 2 * WAYS) {
-        const int count = i + WAYS < active ? 2 : 1;
+      for (int i0 = 0; i0 < active; i0 += 2 * WAYS) {
+        const int i = i0 + item / VECTORS, left = item < ITEMS ? active - i : 0, count = left > WAYS ? 2 : left > 0;
         Words w[4];
         take_vectors<4>(w, first_bits(2 * count), parity, where, WAIT_PARTIAL, [&](int k) {
           return partial_address<P>(args.exchange, head, span.split(i + k / 2 * WAYS)) + (k % 2 ? P::HEAD_DIM : 4 * vector);
@@ -75,7 +76,7 @@ KOGC_DEVICE void combine(const KernelArgs& args, const Span<P>& span, u32 parity
           p.maximum = m;
         }
       }
-      parts[item] = p;
+      if (item < ITEMS) parts[item] = p;
     }
     sync();
     for (int vector = thread(); vector < VECTORS; vector += THREADS) {

@@ -122,17 +122,18 @@ template <class P, class Distance> class Threshold {
     u64* partial = &area().bins[0][0];
     const int first = P::rank() * ITEMS;
 #pragma unroll 1
-    for (int i = thread(); i < ITEMS * WAYS; i += THREADS) {
+    for (int i0 = 0; i0 < ITEMS * WAYS; i0 += THREADS) {
+      const int i = i0 + thread();
       u64 sum = 0;
 #pragma unroll 1
-      for (int b0 = i / ITEMS; b0 < P::BLOCKS; b0 += BATCH * WAYS) {
+      for (int way = 0; way < P::BLOCKS; way += BATCH * WAYS) {
         u64 v[BATCH];
-        const int left = (P::BLOCKS - b0 + WAYS - 1) / WAYS;
-        take_keys<BATCH>(v, first_bits(left < BATCH ? left : BATCH), tag, where_, WAIT_HISTOGRAM,
+        const int b0 = way + i / ITEMS, left = i < ITEMS * WAYS ? (P::BLOCKS - b0 + WAYS - 1) / WAYS : 0;
+        take_keys<BATCH>(v, first_bits(left < BATCH ? left < 0 ? 0 : left : BATCH), tag, where_, WAIT_HISTOGRAM,
                          [&](int k) { return histogram(b0 + k * WAYS) + first + i % ITEMS; });
         KOGC_UNROLL for (int k = 0; k < BATCH; k++) sum += v[k] >> TAG_BITS;
       }
-      partial[i] = sum;
+      if (i < ITEMS * WAYS) partial[i] = sum;
     }
     sync();
     for (int i = thread(); i < ITEMS; i += THREADS) {

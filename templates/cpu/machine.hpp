@@ -48,6 +48,9 @@ template <class T> KOGC_DEVICE T* opaque(T* p) { return p; }  // there are regis
 
 KOGC_DEVICE void sync() { self.polls = 0; }  // who comes here is not waiting
 template <class T> KOGC_DEVICE T shuffle_xor(T v, int) { return v; }
+KOGC_DEVICE int scalar(int v) { return v; }
+KOGC_DEVICE bool all_lanes(bool v) { return v; }
+template <class T> KOGC_DEVICE T* global(T* p) { return p; }
 KOGC_DEVICE void add_shared(u64* p, u64 v) { *p += v; }
 KOGC_DEVICE u32 take_place(u32* count) { return (*count)++; }  // how many came before
 
@@ -66,6 +69,8 @@ KOGC_DEVICE Words load_words(const void* p) {  // no word of it is torn; each ha
   const u32* w = (const u32*)p;
   return {load_word(w), load_word(w + 1), load_word(w + 2), load_word(w + 3)};
 }
+KOGC_DEVICE void load_word_if(bool wanted, u32& v, const void* p) { if (wanted) v = load_word(p); }
+KOGC_DEVICE void load_words_if(bool wanted, Words& v, const void* p) { if (wanted) v = load_words(p); }
 KOGC_DEVICE void store_host(void* p, i32 v) { __atomic_store_n((i32*)p, v, __ATOMIC_RELEASE); }
 KOGC_DEVICE i32 load_host(const void* p) { return __atomic_load_n((const i32*)p, __ATOMIC_ACQUIRE); }
 KOGC_DEVICE void fence_host() { __atomic_thread_fence(__ATOMIC_SEQ_CST); }

@@ -39,7 +39,7 @@ template <class P> class AttentionCore {
     }
   }
   KOGC_DEVICE void take_chunk(Stream<P>& stream, const u8*, int chunk, int lowest, int position, const Where& where) {
-    const int base = chunk * CHUNK + warp() * 16;
+    const int base = chunk * CHUNK + warp_ * 16;
     const bool seen = base <= position && base + 15 >= lowest;
     if constexpr (Tiles<P>::WHOLE) {
       if (seen) take_tile(pieces(stream), base, lowest, position);
@@ -49,7 +49,7 @@ template <class P> class AttentionCore {
 #pragma unroll 1
       for (int stage = 0; stage < count; stage++) {
         wait_full<P>(stream, where);
-        if (seen && stage == warp() / Tiles<P>::IN_STAGE) {
+        if (seen && stage == warp_ / Tiles<P>::IN_STAGE) {
           load_tile_keys(tile(stream));
           take_tile(tile(stream), base, lowest, position);
         }
@@ -64,7 +64,7 @@ template <class P> class AttentionCore {
     constexpr int MOST = Tiles<P>::MOST_STAGES;
     Stream<P> behind = stream;
     behind.advance(MOST);  // the first of two is whole
-    const int last = stages(second, position), a = first * CHUNK + warp() * 16, b = second * CHUNK + warp() * 16;
+    const int last = stages(second, position), a = first * CHUNK + warp_ * 16, b = second * CHUNK + warp_ * 16;
     wait_full<P, MOST>(behind, last, where);
     const bool sees_first = a + 15 >= lowest, sees_second = b <= position;
     // A tile that is not seen scores nothing; where the second has not even been copied, the first lends its numbers.
@@ -76,7 +76,7 @@ template <class P> class AttentionCore {
   KOGC_DEVICE void finish(int heads) {
     softmax_.add_lanes();
     if (column() >= heads) return;
-    Pair* to = out(warp(), column() / 2) + row();
+    Pair* to = out(warp_, column() / 2) + row();
     KOGC_UNROLL for (int j = 0; j < STEPS; j++) {
       to[j * 16] = {softmax_.o[j][0] * Scales<P>::UNIT, softmax_.o[j][1] * Scales<P>::UNIT};
       to[j * 16 + 8] = {softmax_.o[j][2] * Scales<P>::UNIT, softmax_.o[j][3] * Scales<P>::UNIT};
@@ -133,13 +133,13 @@ template <class P> class AttentionCore {
   static KOGC_DEVICE int stages(int chunk, int position) {
     return (Tiles<P>::in_use(chunk, position) + Tiles<P>::IN_STAGE - 1) / Tiles<P>::IN_STAGE;
   }
-  static KOGC_DEVICE const Piece<P>* pieces(const Stream<P>& stream) {
+  KOGC_DEVICE const Piece<P>* pieces(const Stream<P>& stream) const {
     Stream<P> mine = stream;
-    mine.advance(warp() / Tiles<P>::IN_STAGE);
+    mine.advance(warp_ / Tiles<P>::IN_STAGE);
     return tile(mine);
   }
-  static KOGC_DEVICE const Piece<P>* tile(const Stream<P>& at) {  // this lane's of this warp's, in the stage at hand
-    return (const Piece<P>*)(Ring<P>::stage(at.slot) + warp() % Tiles<P>::IN_STAGE * Tiles<P>::BYTES) + lane();
+  KOGC_DEVICE const Piece<P>* tile(const Stream<P>& at) const {  // this lane's of this warp's, in the stage at hand
+    return (const Piece<P>*)(Ring<P>::stage(at.slot) + warp_ % Tiles<P>::IN_STAGE * Tiles<P>::BYTES) + lane();
   }
   KOGC_DEVICE void load_tile_keys(const Piece<P>* from) {
     KOGC_UNROLL for (int s = 0; s < STEPS; s++) k_[s] = from[s * 32];
@@ -221,6 +221,7 @@ template <class P> class AttentionCore {
     }
   }
 
+  const int warp_ = scalar(warp());
   Piece<P> k_[STEPS];
   RunningSoftmax<DIM> softmax_;
 };

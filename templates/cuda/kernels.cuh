@@ -24,7 +24,7 @@ template <class P> KOGC_DEVICE void generate(const KernelArgs& args) {
   init_words<P>();
   Ring<P>::init();
   const int steps = Generation<P>::steps(args);
-  if (warp() >= PRODUCER) {
+  if (scalar(warp()) >= PRODUCER) {
     if (thread() - THREADS < COPIERS) produce<P>(args, steps);
     return;
   }
@@ -32,7 +32,7 @@ template <class P> KOGC_DEVICE void generate(const KernelArgs& args) {
   Decoder<P> decoder(args, stream);
 #pragma unroll 1
   for (int step = 0; step < steps; step++)
-    if (!decoder.step(step)) break;
+    if (!scalar(decoder.step(step))) break;
   sync();
   if (thread() == 0) words<P>().finished = 1;
 }
@@ -56,7 +56,7 @@ template <class P> KOGC_DEVICE void read_ceiling(const void* from, u64 bytes, u3
   const u8* source = (const u8*)from + block() * share;
   const int stages = (int)(share / P::STAGE_BYTES), all = stages * READ_PASSES;
   Cursor<P> cursor;
-  if (warp() >= PRODUCER) {
+  if (scalar(warp()) >= PRODUCER) {
     if (thread() - THREADS >= COPIERS) return;
     const CachePolicy policy = read_once();
     for (int i = 0; i < all; i++, cursor.advance()) {

@@ -25,10 +25,20 @@ template <class T> KOGC_DEVICE T opaque(T v) {
   asm volatile("" : "+r"(v));
   return v;
 }
-KOGC_DEVICE int thread() { return (int)opaque(threadIdx.x); }
-KOGC_DEVICE int lane() { return (int)opaque(threadIdx.x) & 31; }
-KOGC_DEVICE int warp() { return (int)opaque(threadIdx.x) >> 5; }
+KOGC_DEVICE int thread() {
+  const int v = (int)opaque(threadIdx.x);
+  __builtin_assume(v >= 0 && v < 1024);
+  return v;
+}
+KOGC_DEVICE int lane() { return thread() % LANES; }
+KOGC_DEVICE int warp() { return thread() / LANES; }
 KOGC_DEVICE int block() { return (int)opaque(blockIdx.x); }
+// A pointer into memory: where arguments come by reference the compiler does not see it, and a store that might go to shared
+// memory costs all that it knows of what lies there, up to which branches a warp takes as one.
+template <class T> KOGC_DEVICE T* global(T* p) {
+  __builtin_assume(__isGlobal(p));
+  return p;
+}
 KOGC_DEVICE int block_count() { return gridDim.x; }
 KOGC_DEVICE int block_threads() { return blockDim.x; }
 KOGC_DEVICE char* shared() {
@@ -42,15 +52,23 @@ KOGC_DEVICE void sync_block() { __syncthreads(); }
 KOGC_DEVICE void sync_warp() { __syncwarp(); }
 template <class T> KOGC_DEVICE T shuffle_xor(T v, int mask) { return __shfl_xor_sync(~0u, v, mask); }
 template <class T> KOGC_DEVICE T shuffle_from(T v, int source) { return __shfl_sync(~0u, v, source); }
+// What all lanes of a warp have alike: said so, the compiler needs no care for lanes that part and meet again.
+KOGC_DEVICE int scalar(int v) { return shuffle_from(v, 0); }
 KOGC_DEVICE bool all_lanes(bool v) { return __all_sync(~0u, v); }
 
+KOGC_DEVICE u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
+
+KOGC_DEVICE u32 add_shared(u32* p, u32 v) {  // what was there before
+  u32 before;
+  asm volatile("atom.relaxed.cta.shared::cta.add.u32 %0, [%1], %2;" : "=r"(before) : "r"(shared_address(p)), "r"(v) : "memory");
+  return before;
+}
 // Two additions of 32 bits and the carry between them: one of 64 bits would be a loop of compare and swap.
 KOGC_DEVICE void add_shared(u64* p, u64 v) {
-  const u32 low = (u32)v, high = (u32)(v >> 32) + (atomicAdd((u32*)p, low) > ~low);
-  if (high) atomicAdd((u32*)p + 1, high);
+  const u32 low = (u32)v, high = (u32)(v >> 32) + (add_shared((u32*)p, low) > ~low);
+  if (high) add_shared((u32*)p + 1, high);
 }
-
-KOGC_DEVICE u32 take_place(u32* count) { return atomicAdd(count, 1u); }  // in shared memory: how many came before
+KOGC_DEVICE u32 take_place(u32* count) { return add_shared(count, 1); }  // in shared memory: how many came before
 
 // --- words that carry their own readiness: relaxed, device scope -----------------------------------------------------
 struct alignas(16) Words { u32 x, y, z, w; };
@@ -69,6 +87,14 @@ KOGC_DEVICE Words load_words(const void* p) {
   Words v;
   asm volatile("ld.relaxed.gpu.global.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p) : "memory");
   return v;
+}
+// The same where `wanted`; else v stays. Without a branch: what a warp polls, it polls as one.
+KOGC_DEVICE void load_word_if(bool wanted, u32& v, const void* p) {
+  asm volatile("{ .reg .pred p; setp.ne.u32 p, %2, 0; @p ld.relaxed.gpu.global.u32 %0, [%1]; }" : "+r"(v) : "l"(p), "r"((u32)wanted) : "memory");
+}
+KOGC_DEVICE void load_words_if(bool wanted, Words& v, const void* p) {
+  asm volatile("{ .reg .pred p; setp.ne.u32 p, %5, 0; @p ld.relaxed.gpu.global.v4.u32 {%0,%1,%2,%3}, [%4]; }"
+               : "+r"(v.x), "+r"(v.y), "+r"(v.z), "+r"(v.w) : "l"(p), "r"((u32)wanted) : "memory");
 }
 KOGC_DEVICE u64 load_key(const void* p) {
   u64 v;
@@ -89,8 +115,6 @@ KOGC_DEVICE i32 load_host(const void* p) {
   asm volatile("ld.relaxed.sys.global.u32 %0, [%1];" : "=r"(v) : "l"(p) : "memory");
   return v;
 }
-
-KOGC_DEVICE u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
 
 // --- a word in shared memory that says what was written before it ----------------------------------------------------
 KOGC_DEVICE void publish(u32* p, u32 v) { asm volatile("st.release.cta.shared::cta.u32 [%0], %1;" ::"r"(shared_address(p)), "r"(v) : "memory"); }

@@ -45,7 +45,7 @@ template <class P> class MatVec {
     taken_ = freed_ = 0;
     full_ = false;
     first_ = {};  // else what it held would be kept through the phase before
-    if (warp() < units_ * groups_) load_weights(first_, stream, where);
+    if (warp_ < units_ * groups_) load_weights(first_, stream, where);
   }
 
   // y = W x for this block's rows. `multiplied()` runs on every thread, between the products and the first result;
@@ -57,13 +57,13 @@ template <class P> class MatVec {
       const int count = units_ - first < P::PARTIAL_UNITS ? units_ - first : P::PARTIAL_UNITS;
       if (first) {
         sync();
-        if (warp() < count * groups_) load_weights(first_, stream, where);
+        if (warp_ < count * groups_) load_weights(first_, stream, where);
       }
       multiply(count, stream, where);
       sync();
       if (first == 0) multiplied();
-#pragma unroll 1
-      for (int row = ROWS_TOGETHER * thread(); row < count * unit_; row += ROWS_TOGETHER * THREADS) {
+      static_assert(P::PARTIAL_UNITS * 8 <= ROWS_TOGETHER * THREADS);
+      if (const int row = ROWS_TOGETHER * thread(); row < count * unit_) {
         float y[TOKENS][ROWS_TOGETHER];
         KOGC_UNROLL for (int token = 0; token < TOKENS; token++) add_up(token, row, y[token]);
         result(first * unit_ + row, y);
@@ -90,11 +90,11 @@ template <class P> class MatVec {
   // Products of this warp's groups of `units` more units, whose first weights are loaded; their partial sums go to shared
   // memory. What a group needs is on its way from shared memory while the group before is multiplied.
   KOGC_DEVICE void multiply(int units, Stream<P>& stream, const Where& where) {
-    int left = (units * groups_ - warp() + WARPS - 1) / WARPS;
+    int left = (units * groups_ - warp_ + WARPS - 1) / WARPS;
     if (left <= 0) return;
     Sums c = {};
-    float* sums = partial_sums<P>() + warp() * (8 * TOKENS);
-    int at = warp();
+    float* sums = partial_sums<P>() + warp_ * (8 * TOKENS);
+    int at = warp_;
     while (FEW_GROUPS && at >= groups_) next_unit(at, sums);
     position_ = at;
     Weights &even = first_, odd;
@@ -126,7 +126,7 @@ template <class P> class MatVec {
   KOGC_DEVICE void finish(Stream<P>& stream, const Where& where) {
     constexpr int PER_STAGE = STAGE_GROUPS * WARPS;
     const int groups = units_ * groups_, stages = (groups + PER_STAGE - 1) / PER_STAGE;
-    const int touched = ((groups - warp() + WARPS - 1) / WARPS + STAGE_GROUPS - 1) / STAGE_GROUPS;
+    const int touched = ((groups - warp_ + WARPS - 1) / WARPS + STAGE_GROUPS - 1) / STAGE_GROUPS;
     if (freed_ != 0) {
       if (taken_ != 0) stream.advance();
       release(1);
@@ -162,7 +162,7 @@ template <class P> class MatVec {
 
   KOGC_DEVICE void load_weights(Weights& w, Stream<P>& stream, const Where& where) {
     if (taken_ == 0 && !full_) wait_full<P>(stream, where);
-    const char* from = Ring<P>::stage(stream.slot) + ((taken_ * WARPS + warp()) * GROUP * 32 + lane()) * 16;
+    const char* from = Ring<P>::stage(stream.slot) + ((taken_ * WARPS + warp_) * GROUP * 32 + lane()) * 16;
     KOGC_UNROLL for (int i = 0; i < GROUP; i++) w.of[i] = *(const Words*)(from + i * 512);
     if (++taken_ == STAGE_GROUPS) {
       stream.advance();
@@ -217,6 +217,7 @@ template <class P> class MatVec {
     freed_ = 0;
   }
 
+  const int warp_ = scalar(warp());
   int units_ = 0, unit_ = 8, groups_ = 0;  // the block's units; rows, and groups of fragments, of each
   int free_ = 0;                // slot of the oldest stage not given back
   int taken_ = 0, freed_ = 0;   // this warp's groups of the stage at hand that are loaded, and multiplied

@@ -4,15 +4,6 @@
 
 namespace kogc {
 
-KOGC_DEVICE int scalar(int v) {  // the hardware takes one lane's value for all
-  emulated::Warp& w = machine->warp();
-  w.value[lane()] = (u32)v;
-  emulated::together(emulated::VOTE, 0, [](emulated::Warp& all) {
-    for (int i = 1; i < LANES; i++)
-      if (all.value[i] != all.value[0]) emulated::violation("a scalar that is not the same on all lanes");
-  });
-  return v;
-}
 KOGC_DEVICE const KernelArgs& arguments(const KernelArgs& args) { return args; }
 template <int BIT> KOGC_DEVICE float neighbour(float v) { return shuffle_xor(v, BIT); }
 

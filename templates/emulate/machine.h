@@ -66,6 +66,19 @@ KOGC_DEVICE bool all_lanes(bool v) {
   });
   return w.exchanged[lane()] != 0;
 }
+KOGC_DEVICE int scalar(int v) {  // the hardware takes one lane's value for all
+  emulated::Warp& w = machine->warp();
+  w.value[lane()] = (u32)v;
+  emulated::together(emulated::VOTE, 0, [](emulated::Warp& all) {
+    for (int i = 1; i < LANES; i++)
+      if (all.value[i] != all.value[0]) emulated::violation("a scalar that is not the same on all lanes");
+  });
+  return v;
+}
+template <class T> KOGC_DEVICE T* global(T* p) {
+  if (emulated::in_shared(p, 1)) emulated::violation("a pointer into memory that points into shared memory");
+  return p;
+}
 template <class T> KOGC_DEVICE T* opaque(T* p) { return p; }
 KOGC_DEVICE void add_shared(u64* p, u64 v) {
   if (!emulated::in_shared(p, 8)) emulated::violation("an addition outside of shared memory");
@@ -101,6 +114,8 @@ KOGC_DEVICE Words load_words(const void* p) {  // only its words are atomic
   const u32 x = load_word(w), y = load_word(w + 1), z = load_word(w + 2);
   return {x, y, z, load_word(w + 3)};
 }
+KOGC_DEVICE void load_word_if(bool wanted, u32& v, const void* p) { if (wanted) v = load_word(p); }
+KOGC_DEVICE void load_words_if(bool wanted, Words& v, const void* p) { if (wanted) v = load_words(p); }
 KOGC_DEVICE void add_word(u32* p, u32 v) {
   emulated::maybe_yield();
   *(volatile u32*)p += v;

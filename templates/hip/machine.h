@@ -49,6 +49,7 @@ KOGC_DEVICE int block() {
   return count % XCDS ? id : id % XCDS * (count / XCDS) + id / XCDS;
 }
 
+template <class T> KOGC_DEVICE T* global(T* p) { return p; }
 KOGC_DEVICE char* shared() {
   extern __attribute__((shared, aligned(128))) char memory[];
   return memory;
@@ -71,6 +72,8 @@ template <class T> KOGC_DEVICE T shuffle_xor(T v, int mask) {
   for (u32& w : words.w) w = (u32)__builtin_amdgcn_ds_bpermute((lane() ^ mask) * 4, (int)w);
   return __builtin_bit_cast(T, words);
 }
+
+KOGC_DEVICE bool all_lanes(bool v) { return __builtin_amdgcn_ballot_w64(!v) == 0; }  // of those that take part
 
 // The value of the lane whose number differs in one bit, 1, 2 or 8, as part of an instruction: without a way through LDS.
 template <int BIT> KOGC_DEVICE float neighbour(float v) {
@@ -104,6 +107,8 @@ KOGC_DEVICE Words load_words(const void* p) {
   const u64 low = load_agent<u64>(p), high = load_agent<u64>((const u64*)p + 1);
   return {(u32)low, (u32)(low >> 32), (u32)high, (u32)(high >> 32)};
 }
+KOGC_DEVICE void load_word_if(bool wanted, u32& v, const void* p) { if (wanted) v = load_word(p); }
+KOGC_DEVICE void load_words_if(bool wanted, Words& v, const void* p) { if (wanted) v = load_words(p); }
 KOGC_DEVICE void store_host(void* p, i32 v) { __hip_atomic_store((i32*)p, v, __ATOMIC_RELAXED, __HIP_MEMORY_SCOPE_SYSTEM); }
 KOGC_DEVICE i32 load_host(const void* p) { return __hip_atomic_load((const i32*)p, __ATOMIC_RELAXED, __HIP_MEMORY_SCOPE_SYSTEM); }
 KOGC_DEVICE void fence_host() { __builtin_amdgcn_fence(__ATOMIC_SEQ_CST, ""); }
