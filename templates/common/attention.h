@@ -149,6 +149,17 @@ KOGC_DEVICE void prepare(const KernelArgs& args, AttentionCore<P>& core, int kv_
   }
 }
 
+// Puts words of a partial output, as many at a time as the target's AttentionCore finds best.
+template <class P> struct PutPartial {
+  u8* exchange;
+  int first_head, split;
+  u32 parity;
+
+  template <int N> KOGC_DEVICE void operator()(int head, int d, const float (&words)[N]) const {
+    put_vector(partial_address<P>(exchange, first_head + head, split) + d, words, parity);
+  }
+};
+
 // One unit of attention on one of its splits. Every split puts a partial output, an empty one where it has no chunk, so
 // that the parity of every word changes with every layer.
 template <class P>
@@ -172,26 +183,23 @@ KOGC_DEVICE void attend(Stream<P>& stream, const KernelArgs& args, int unit, int
   Trace<P>::mark(args, QUERY);
   const Span<P> span(opaque(position), P::window(where.layer));  // opaque: not kept while the query is awaited
   for (int chunk = span.first_chunk(split);;) {
-    if constexpr (AttentionCore<P>::PAIRS_CHUNKS) {
-      if (const int second = span.next_chunk(chunk); second < span.end) {
-        core.take_chunks(stream, chunk, second, span.lowest, position, where);
-        chunk = span.next_chunk(second);
-        if (chunk >= span.end) break;
-        core.load_keys(stream, chunk, position, where);
-        continue;
-      }
+    const int second = AttentionCore<P>::PAIRS_CHUNKS ? span.next_chunk(chunk) : span.end;
+    if (second < span.end) {
+      if constexpr (AttentionCore<P>::PAIRS_CHUNKS) core.take_chunks(stream, chunk, second, span.lowest, position, where);
+      chunk = second;
+    } else {
+      core.take_chunk(stream, chunk_address<P>(args.kv, where.layer, kv_head, chunk), chunk, span.lowest, position, where);
     }
-    core.take_chunk(stream, chunk_address<P>(args.kv, where.layer, kv_head, chunk), chunk, span.lowest, position, where);
     chunk = span.next_chunk(chunk);
     if (chunk >= span.end) break;
+    core.leave(stream);  // the last chunk's stages later: others wait for this block's outputs
     core.load_keys(stream, chunk, position, where);
   }
   core.finish(heads);
   sync();
   Trace<P>::mark(args, ATTENTION_PRODUCTS);
-  core.outputs(heads, [&](int head, int d, const float (&four)[4]) {
-    put_vector(partial_address<P>(args.exchange, first_head + head, split) + d, four, parity);
-  });
+  core.outputs(heads, PutPartial<P>{args.exchange, first_head, split, parity});
+  core.leave(stream);
   sync();
   Trace<P>::mark(args, ATTENTION_PUT);
 }

@@ -59,11 +59,12 @@ template <class P> class Decoder {
     });
     where_.layer = 0;
     phase_ = QKV;
+    const bool needs_head = Generation<P>::needs_head(args_, step);
 #pragma unroll 1
-    while (phase_ < HEAD || (phase_ == HEAD && Generation<P>::needs_head(args_, step))) {
+    while (phase_ < HEAD + needs_head) {
       exchange_begins<P>();
       if (phase_ == O) each_token([&](int i) { attend<P>(stream_, of_[i], position(i), parity_, where_); });
-      products_.begin(stream_, words<P>().work[phase_], where_);  // not before: keys and values lie ahead of O's weights
+      begin();  // not before: keys and values lie ahead of O's weights
       input();
       exchange_ends<P>();
       if (phase_ == QKV) parity_ ^= 1;
@@ -103,9 +104,8 @@ template <class P> class Decoder {
       mark(HIDDEN_GATHER);
     } else {
       const bool first = phase_ == QKV && where_.layer == 0, after_attention = phase_ == GATE_UP;
-      const int norm = 2 * where_.layer + after_attention;
       Quad gamma[Residual<P>::OWN];  // arrives while the blocks are awaited
-      Residual<P>::load_gamma(gamma, args_.norms + (u64)norm * P::HIDDEN);
+      Residual<P>::load_gamma(gamma, args_.norms + (u64)(2 * where_.layer + after_attention) * P::HIDDEN);
       each_token([&](int i) {
         const float* added = first ? nullptr : slot(after_attention ? P::X_O : P::X_DOWN, i);
         Residual<P>::advance(added, gamma, i, activation<P>(i), P::HIDDEN_PADDED, parity_, where_, after_attention ? WAIT_O : WAIT_DOWN);
@@ -127,22 +127,31 @@ template <class P> class Decoder {
     }
   }
 
+  // What the phase needs beside its activation. What the blocks put takes as long to arrive: polls before that would be in
+  // vain, and in the way.
+  KOGC_DEVICE void begin() {
+    work_ = words<P>().work[phase_];
+    if (P::QKV_BIAS && phase_ == QKV) {
+      const int row = work_.first + ROWS_TOGETHER * thread();
+      if (row < work_.rows) early_ = *(const Quad*)(bias() + row);
+    }
+    if (phase_ == HEAD) {
+      stop_ = block() == 0 && thread() == 0 ? load_host(args_.stop_word) : 0;  // arrives while the rows stream
+      best_ = 0;
+    }
+    products_.begin(stream_, work_, where_);
+  }
+  KOGC_DEVICE const u16* bias() const { return args_.qkv_bias + (u64)where_.layer * P::Qkv::ROWS; }
+
   // Multiplies this block's rows of the phase and puts the results where the next phase finds them.
   KOGC_DEVICE void project() {
-    const Work work = words<P>().work[phase_];
     const bool normalised = phase_ != O && phase_ != DOWN;
-    const bool asks = phase_ == HEAD && block() == 0 && thread() == 0;
-    stop_ = asks ? load_host(args_.stop_word) : 0;  // arrives while the rows stream
-    best_ = 0;
-    float* const slot_of_first = slot(work.exchange, 0);  // a token alone has it found before its rows come
-    const u16* bias = args_.qkv_bias + (u64)where_.layer * P::Qkv::ROWS;
-    const int mine = work.first + ROWS_TOGETHER * thread();
-    Quad early = {};  // the bias of this thread's first rows, on its way before it is needed
-    if (P::QKV_BIAS && phase_ == QKV && mine < work.rows) early = *(const Quad*)(bias + mine);
+    const float unscale = PAIRS && phase_ == DOWN ? PAIR_UNSCALE : 1.0f;
+    float* const slot_of_first = slot(work_.exchange, 0);  // a token alone has it found before its rows come
     const auto put_rows = [&](int i, int first, const float (&sums)[ROWS_TOGETHER]) {
-      const int row = work.first + first;
-      float* to = TOKENS == 1 ? slot_of_first : slot(work.exchange, i);
-      const float scale = normalised ? Residual<P>::scale(i) : PAIRS && phase_ == DOWN ? PAIR_UNSCALE : 1.0f;
+      const int row = work_.first + first;
+      float* to = TOKENS == 1 ? slot_of_first : slot(work_.exchange, i);
+      const float of_norm = Residual<P>::scale(i), scale = normalised ? of_norm : unscale;  // without a branch
       float y[ROWS_TOGETHER];
       KOGC_UNROLL for (int e = 0; e < ROWS_TOGETHER; e++) y[e] = sums[e] * scale;
       if (phase_ == GATE_UP) {  // rows alternate: gate 0, up 0, gate 1, up 1, ...
@@ -151,14 +160,14 @@ template <class P> class Decoder {
           put_pair((u32*)to + row / 4, a, b, parity_);
         } else {
           put(to + row / 2, a, parity_);
-          if (row + 2 < work.rows) put(to + row / 2 + 1, b, parity_);
+          if (row + 2 < work_.rows) put(to + row / 2 + 1, b, parity_);
         }
       } else if (phase_ == HEAD) {
         KOGC_UNROLL for (int e = 0; e < ROWS_TOGETHER; e++)
-          if (row + e < work.rows) best_ = larger(best_, consider(i, first + e, row + e, y[e]));
+          if (row + e < work_.rows) best_ = larger(best_, consider(i, first + e, row + e, y[e]));
       } else {
         if (P::QKV_BIAS && phase_ == QKV) {
-          Quad q = row == mine ? early : *(const Quad*)(bias + row);
+          Quad q = first == ROWS_TOGETHER * thread() ? early_ : *(const Quad*)(bias() + row);
           q = {opaque(q.low), opaque(q.high)};
           KOGC_UNROLL for (int e = 0; e < ROWS_TOGETHER; e++) y[e] += element<P::FP16>(q, e);
         }
@@ -167,7 +176,7 @@ template <class P> class Decoder {
     };
     const auto multiplied = [&] { mark(products_mark()); };
     products_.run(stream_, where_, multiplied, [&](int first, const float (&sums)[TOKENS][ROWS_TOGETHER]) {
-      if (work.first + first < work.rows) each_token([&](int i) { put_rows(i, first, sums[i]); });
+      if (work_.first + first < work_.rows) each_token([&](int i) { put_rows(i, first, sums[i]); });
     });
     if (phase_ != HEAD) mark(output_mark());
   }
@@ -226,6 +235,8 @@ template <class P> class Decoder {
   Stream<P>& stream_;
   Where where_;
   MatVec<P> products_;
+  Work work_ = {};  // of the phase
+  Quad early_ = {};  // bias of this thread's first rows, on its way before it is needed
   int phase_ = QKV;
   i32 stop_ = 0;  // of the vocabulary projection: whether the host asks to stop, and this thread's best row
   u64 best_ = 0;

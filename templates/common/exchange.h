@@ -13,6 +13,7 @@ constexpr float PAIR_SCALE = 5.421010862427522e-20f, PAIR_UNSCALE = 184467440737
 
 KOGC_DEVICE void put(float* slot, float v, u32 parity) { store_word(slot, (as_word(v) & ~1u) | parity); }
 
+KOGC_DEVICE void put_vector(float* slot, const float (&v)[1], u32 parity) { put(slot, v[0], parity); }
 KOGC_DEVICE void put_vector(float* slot, const float (&v)[4], u32 parity) {  // on a boundary of 16 bytes
   store_words(slot, {(as_word(v[0]) & ~1u) | parity, (as_word(v[1]) & ~1u) | parity, (as_word(v[2]) & ~1u) | parity,
                      (as_word(v[3]) & ~1u) | parity});
@@ -24,7 +25,8 @@ KOGC_DEVICE void put_pair(u32* slot, float a, float b, u32 parity) {
 }
 
 template <int BIT = FLOAT_BIT> KOGC_DEVICE bool ready(const Words& w, u32 parity) {
-  return ((w.x & w.y & w.z & w.w) >> BIT & 1u) == parity && ((w.x | w.y | w.z | w.w) >> BIT & 1u) == parity;
+  const u32 other = parity << BIT;  // a bit that differs in any of the four words
+  return ((w.x ^ other | w.y ^ other | w.z ^ other | w.w ^ other) >> BIT & 1u) == 0;
 }
 
 // Fetch the vectors of four words that `pending` names, `address(i)` each; the others are zero. A warp polls as one, until

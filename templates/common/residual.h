@@ -44,7 +44,7 @@ template <class P> struct Residual {
         r[i] = own(i0 + i, token);
         mine |= 1u << i;
       }
-      if (slot) take_vectors<BATCH>(v, mine, parity, where, site, [&](int i) { return slot + 4 * vector(i0 + i); });
+      take_vectors<BATCH>(v, slot ? mine : 0, parity, where, site, [&](int i) { return slot + 4 * vector(i0 + i); });
       KOGC_UNROLL for (int i = 0; i < BATCH; i++) {
         if (i0 + i >= OWN || !owns(i0 + i)) continue;
         r[i] = {r[i].a + as_float(v[i].x), r[i].b + as_float(v[i].y), r[i].c + as_float(v[i].z), r[i].d + as_float(v[i].w)};
@@ -113,7 +113,8 @@ KOGC_DEVICE void gather(const void* slot, u16* x, int padded, u32 parity, const 
     const auto mine = [&](int i) { return (BATCH * THREADS >= VECTORS && (i + 1) * THREADS <= VECTORS) || vector(i) < VECTORS; };
     u32 wanted = 0;
     KOGC_UNROLL for (int i = 0; i < BATCH; i++) wanted |= (u32)mine(i) << i;
-    take_vectors<BATCH, PAIRS ? PAIR_BIT : FLOAT_BIT>(v, wanted, parity, where, site, [&](int i) { return (const Words*)slot + vector(i); });
+    const auto address = [&](int i) { return (const Words*)slot + vector(i); };
+    take_vectors<BATCH, PAIRS ? PAIR_BIT : FLOAT_BIT>(v, wanted, parity, where, site, address);
     KOGC_UNROLL for (int i = 0; i < BATCH; i++) {
       if (!mine(i)) continue;
       if constexpr (PAIRS) {

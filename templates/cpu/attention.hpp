@@ -38,13 +38,18 @@ template <class P> class AttentionCore {
     }
   }
 
+  KOGC_DEVICE void leave(Stream<P>&) {}
   KOGC_DEVICE void finish(int) {}
 
   // Hands each vector of the partial output to `result(head, index, values)`: DIM outputs; maximum, sum, two zeros.
   template <class Result> KOGC_DEVICE void outputs(int heads, Result result) {
     for (int h = 0; h < heads; h++) {
-      for (int d = 0; d < DIM; d += 4) result(h, d, {out_[h][place(d)], out_[h][place(d + 1)], out_[h][place(d + 2)], out_[h][place(d + 3)]});
-      result(h, DIM, {maximum_[h], sum_[h], 0, 0});
+      for (int d = 0; d < DIM; d += 4) {
+        const float four[4] = {out_[h][place(d)], out_[h][place(d + 1)], out_[h][place(d + 2)], out_[h][place(d + 3)]};
+        result(h, d, four);
+      }
+      const float sums[4] = {maximum_[h], sum_[h], 0, 0};
+      result(h, DIM, sums);
     }
   }
 

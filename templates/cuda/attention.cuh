@@ -25,7 +25,7 @@ template <class P> class AttentionCore {
     CachePlace<P>::put(chunk, CachePlace<P>::key(row, d), v);
   }
   KOGC_DEVICE void store_value(u8* chunk, int row, int d, u16 v) {
-    new_value()[d] = v;
+    new_value()[d % 8 * (DIM / 8) + d / 8] = v;
     CachePlace<P>::put(chunk, CachePlace<P>::value(row, d), v);
   }
   KOGC_DEVICE void store_key_scale(u8* chunk, int row, u32 exponent) { store_scale(chunk, row, false, exponent); }
@@ -34,7 +34,7 @@ template <class P> class AttentionCore {
   // A chunk of the cache, from the ring, a tile to a warp: its keys are loaded before the query is there, if all tiles are.
   KOGC_DEVICE void load_keys(const Stream<P>& stream, int chunk, int position, const Where& where) {
     if constexpr (Tiles<P>::WHOLE) {
-      wait_full<P, Tiles<P>::MOST_STAGES>(stream, stages(chunk, position), where);
+      wait_full<P>(stream, stages(chunk, position), where);
       load_tile_keys(pieces(stream));
     }
   }
@@ -43,7 +43,7 @@ template <class P> class AttentionCore {
     const bool seen = base <= position && base + 15 >= lowest;
     if constexpr (Tiles<P>::WHOLE) {
       if (seen) take_tile(pieces(stream), base, lowest, position);
-      give_back(stream, stages(chunk, position));
+      held_ = stages(chunk, position);
     } else {  // stage by stage: the next ones come when all warps have given these back
       const int count = stages(chunk, position);
 #pragma unroll 1
@@ -65,12 +65,15 @@ template <class P> class AttentionCore {
     Stream<P> behind = stream;
     behind.advance(MOST);  // the first of two is whole
     const int last = stages(second, position), a = first * CHUNK + warp_ * 16, b = second * CHUNK + warp_ * 16;
-    wait_full<P, MOST>(behind, last, where);
+    wait_full<P>(behind, last, where);
     const bool sees_first = a + 15 >= lowest, sees_second = b <= position;
     // A tile that is not seen scores nothing; where the second has not even been copied, the first lends its numbers.
     if (sees_first || sees_second) take_tiles<2>({pieces(stream), pieces(sees_second ? behind : stream)}, {a, b}, lowest, position);
-    give_back(stream, MOST + last);
+    held_ = MOST + last;
   }
+
+  // Gives back the stages of what was taken last.
+  KOGC_DEVICE void leave(Stream<P>& stream) { if constexpr (Tiles<P>::WHOLE) give_back(stream, held_); }
 
   // This warp's sums and outputs, to where all warps' meet. The heads of a lane's two columns lie side by side.
   KOGC_DEVICE void finish(int heads) {
@@ -87,46 +90,41 @@ template <class P> class AttentionCore {
     }
   }
 
-  // Hands each vector of the partial output to `result(head, index, values)`: DIM outputs; maximum, sum, two zeros.
+  // Hands each word of the partial output to `result(head, index, {word})`: DIM outputs; maximum, sum, two zeros. A thread has
+  // a word of two heads, so that many share the work.
   template <class Result> KOGC_DEVICE void outputs(int heads, Result result) {
-    constexpr int VECTORS = OUT / 4;
-    for (int i = thread(); i < (heads + 1) / 2 * VECTORS; i += THREADS) {
-      const int pair = i / VECTORS, d = i % VECTORS * 4;
-      Pair maximum = {LOWEST, LOWEST}, weights[WARPS], sums[4] = {};
+    for (int i = thread(); i < (heads + 1) / 2 * DIM; i += THREADS) {
+      const int pair = i / DIM, d = i % DIM;
+      Pair maximum = {LOWEST, LOWEST}, weights[WARPS], sum = {}, o = {};
       KOGC_UNROLL for (int w = 0; w < WARPS; w++) weights[w] = out(w, pair)[DIM];
       KOGC_UNROLL for (int w = 0; w < WARPS; w++) maximum = {fmaxf(maximum.a, weights[w].a), fmaxf(maximum.b, weights[w].b)};
       KOGC_UNROLL for (int w = 0; w < WARPS; w++) {
-        const Words* two = (const Words*)(out(w, pair) + d);
-        const Words low = two[0], high = two[1];
-        const float a = exp2_fast(weights[w].a - maximum.a), b = exp2_fast(weights[w].b - maximum.b);
-        add(sums[0], a, low.x, b, low.y);
-        add(sums[1], a, low.z, b, low.w);
-        add(sums[2], a, high.x, b, high.y);
-        add(sums[3], a, high.z, b, high.w);
+        const Pair weight = {exp2_fast(weights[w].a - maximum.a), exp2_fast(weights[w].b - maximum.b)};
+        add(o, weight, out(w, pair)[d]);  // a warp without positions has weight zero and zeros
+        add(sum, weight, out(w, pair)[DIM + 1]);
       }
-      if (d == DIM) {
-        sums[0] = maximum;
-        sums[2] = sums[3] = {0, 0};
-      }
-      result(2 * pair, d, {sums[0].a, sums[1].a, sums[2].a, sums[3].a});
-      if (2 * pair + 1 < heads) result(2 * pair + 1, d, {sums[0].b, sums[1].b, sums[2].b, sums[3].b});
+      const Pair extra = d == 0 ? maximum : d == 1 ? sum : Pair{0, 0};
+      const auto put = [&](int head, float word, float beside) {
+        const float words[2][1] = {{word}, {beside}};
+        result(head, d, words[0]);
+        if (d < 4) result(head, DIM + d, words[1]);
+      };
+      put(2 * pair, o.a, extra.a);
+      if (2 * pair + 1 < heads) put(2 * pair + 1, o.b, extra.b);
     }
   }
 
  private:
   static KOGC_DEVICE u16* queries() { return (u16*)scratch<P>(); }
   static KOGC_DEVICE u16* new_key() { return queries() + 16 * ROW; }
-  static KOGC_DEVICE u16* new_value() { return new_key() + DIM; }
+  static KOGC_DEVICE u16* new_value() { return new_key() + DIM; }  // [dimension % 8][dimension / 8]
   static KOGC_DEVICE u16* new_scales() { return new_value() + DIM; }  // exponents: of the key, of the value
   static KOGC_DEVICE Pair* out(int warp, int pair) { return (Pair*)(new_scales() + (P::KV_FP8 ? 8 : 0)) + (warp * PAIRS + pair) * OUT; }
   static KOGC_DEVICE void store_scale(u8* chunk, int row, bool value, u32 exponent) {
     new_scales()[value] = (u16)exponent;
     chunk[CachePlace<P>::scale(row, value)] = (u8)exponent;
   }
-  static KOGC_DEVICE void add(Pair& to, float weight_a, u32 a, float weight_b, u32 b) {
-    to.a += weight_a * as_float(a);  // a warp without positions has weight zero and zeros
-    to.b += weight_b * as_float(b);
-  }
+  static KOGC_DEVICE void add(Pair& to, const Pair& weight, const Pair& v) { to = {to.a + weight.a * v.a, to.b + weight.b * v.b}; }
   static KOGC_DEVICE int row() { return lane() >> 2; }          // of A and C: a position or dimension; of B: a head
   static KOGC_DEVICE int column() { return (lane() & 3) * 2; }  // first of this lane's two columns of C: heads
 
@@ -175,7 +173,8 @@ template <class P> class AttentionCore {
   }
   KOGC_DEVICE void insert_value(Piece<P> (&v)[STEPS], int r) {
     if (r >= 16 || r % 8 / 2 != (lane() & 3)) return;
-    KOGC_UNROLL for (int j = 0; j < STEPS; j++) replace_value(v[j], new_value()[j * 16 + row()], new_value()[j * 16 + 8 + row()], r);
+    const u32* two = (const u32*)(new_value() + row() * (DIM / 8));  // of dimensions row() and row() + 8 of each sixteen
+    KOGC_UNROLL for (int j = 0; j < STEPS; j++) replace_value(v[j], (u16)two[j], (u16)(two[j] >> 16), r);
   }
   static KOGC_DEVICE void replace_key(Words& k, const Quad& key, int r) {
     if (r < 8) {
@@ -222,6 +221,7 @@ template <class P> class AttentionCore {
   }
 
   const int warp_ = scalar(warp());
+  int held_ = 0;  // stages of what was taken last
   Piece<P> k_[STEPS];
   RunningSoftmax<DIM> softmax_;
 };

@@ -39,8 +39,12 @@ template <class P> class MatVec {
   // Before the activation is there: all that does not depend on it, up to this warp's first weights.
   KOGC_DEVICE void begin(Stream<P>& stream, const Work& work, const Where& where) {
     units_ = work.units;
-    unit_ = work.unit;
-    groups_ = work.columns * work.unit / (256 * GROUP);
+    unit_ = ALL_EIGHT ? 8 : work.unit;
+    groups_ = work.columns * unit_ / (256 * GROUP);
+    // Columns of B that hold nothing get what lies there: they do not mix with the others.
+    const int column = lane() >> 2;
+    x_ = P::ACTIVATION_OFFSET + (unit_ == 8 ? 0 : column / 2 % 2 * 64) + (lane() & 3) * 16 + column % 2 * 8;
+    if constexpr (TOKENS > 1) x_ += (unit_ == 8 ? column / 2 : column / 4) % PER_TILE * Pass<P>::ACTIVATION_BYTES;
     free_ = stream.slot;
     taken_ = freed_ = 0;
     full_ = false;
@@ -69,7 +73,7 @@ template <class P> class MatVec {
         result(first * unit_ + row, y);
       }
     }
-    if (units_ > 0) finish(stream, where);  // after the results: nobody waits for this
+    if constexpr (!WHOLE_STAGES) if (units_ > 0) finish(stream, where);  // after the results: nobody waits for this
   }
 
  private:
@@ -83,6 +87,10 @@ template <class P> class MatVec {
   template <class M> static constexpr bool FEW = M::COLUMNS_PADDED * M::UNIT / (256 * GROUP) < WARPS;
   static constexpr bool FEW_GROUPS =
       FEW<typename P::Qkv> || FEW<typename P::O> || FEW<typename P::GateUp> || FEW<typename P::Down> || FEW<typename P::Head>;
+  // Whether the groups of each unit fill stages: then all warps take as many of each stage.
+  template <class M> static constexpr bool WHOLE = M::COLUMNS_PADDED * M::UNIT / (256 * GROUP) % (STAGE_GROUPS * WARPS) == 0;
+  static constexpr bool WHOLE_STAGES =
+      WHOLE<typename P::Qkv> && WHOLE<typename P::O> && WHOLE<typename P::GateUp> && WHOLE<typename P::Down> && WHOLE<typename P::Head>;
   struct Weights { Words of[GROUP]; };
   struct Activation { Quad of[TILES][GROUP]; };
   using Sums = float[TILES][CHAINS][4];
@@ -99,10 +107,6 @@ template <class P> class MatVec {
     position_ = at;
     Weights &even = first_, odd;
     Activation x, next;
-    // Columns of B that hold nothing get what lies there: they do not mix with the others.
-    const int column = lane() >> 2;
-    x_ = P::ACTIVATION_OFFSET + (unit_ == 8 ? 0 : column / 2 % 2 * 64) + (lane() & 3) * 16 + column % 2 * 8;
-    if constexpr (TOKENS > 1) x_ += (unit_ == 8 ? column / 2 : column / 4) % PER_TILE * Pass<P>::ACTIVATION_BYTES;
     load_x(x);
 #pragma unroll 1
     while (left > 2) {
@@ -140,11 +144,11 @@ template <class P> class MatVec {
   // The sums of rows `row` .. + 3 of the units multiplied last.
   KOGC_DEVICE void add_up(int token, int row, float (&y)[ROWS_TOGETHER]) const {
     constexpr int BYTES = 32 * TOKENS;  // of a warp
-    const int unit = unit_ == 8 ? row / 8 : row / 4;
-    const char* from = (const char*)(partial_sums<P>() + unit * (8 * TOKENS * WARPS) + token * 8 + (row - unit * unit_));
+    const int unit = ALL_EIGHT || unit_ == 8 ? row / 8 : row / 4;
+    const char* from = (const char*)(partial_sums<P>() + unit * (8 * TOKENS * WARPS) + token * 8 + (row & (ALL_EIGHT ? 8 : unit_) - 1));
     KOGC_UNROLL for (int e = 0; e < ROWS_TOGETHER; e++) y[e] = 0;
     KOGC_UNROLL for (int w = 0; w < WARPS; w++) add(y, from + w * BYTES, took_part(w, unit));
-    if (unit_ == 4) KOGC_UNROLL for (int w = 0; w < WARPS; w++) add(y, from + w * BYTES + 16, took_part(w, unit));
+    if (!ALL_EIGHT && unit_ == 4) KOGC_UNROLL for (int w = 0; w < WARPS; w++) add(y, from + w * BYTES + 16, took_part(w, unit));
   }
   KOGC_DEVICE bool took_part(int warp, int unit) const { return !FEW_GROUPS || ((warp - unit * groups_) & (WARPS - 1)) < groups_; }
 
@@ -172,7 +176,7 @@ template <class P> class MatVec {
   }
 
   KOGC_DEVICE void load_x(Activation& x) {
-    const int fragment = unit_ == 8 ? 64 : 128;  // bytes of the activation that a fragment meets
+    const int fragment = ALL_EIGHT || unit_ == 8 ? 64 : 128;  // bytes of the activation that a fragment meets
     const char* from = shared() + x_ + position_ * GROUP * fragment;
     KOGC_UNROLL for (int j = 0; j < TILES; j++) KOGC_UNROLL for (int i = 0; i < GROUP; i++)
       x.of[j][i] = *(const Quad*)(from + j * (PER_TILE * Pass<P>::ACTIVATION_BYTES) + i * fragment);
@@ -200,7 +204,7 @@ template <class P> class MatVec {
   static KOGC_DEVICE float sum(const float (&c)[CHAINS][4]) { return (c[0][0] + c[0][3]) + (c[1][0] + c[1][3]); }
   KOGC_DEVICE void store(const Sums& c, float* sums) const {
     if constexpr (TOKENS == 1) {
-      if ((lane() & 3) == (unit_ == 8 ? 0 : lane() >> 4)) sums[lane() >> 2] = sum(c[0]);
+      if ((lane() & 3) == (ALL_EIGHT || unit_ == 8 ? 0 : lane() >> 4)) sums[lane() >> 2] = sum(c[0]);
     } else {
       const int token = unit_ == 8 ? lane() & 3 : (lane() & 3) / 2;
       if (token >= PER_TILE || (unit_ == 4 && (lane() & 1) != lane() >> 4)) return;

@@ -171,15 +171,14 @@ template <class P> KOGC_DEVICE void give_back(int slot) {
   if (lane() == 0) barrier_arrive(Ring<P>::empty(slot));
 }
 
-// The same for the next `stages`, at most MOST, all at once: one after the other they would cost a round trip each.
-template <class P, int MOST> KOGC_DEVICE void wait_full(const Stream<P>& stream, int stages, const Where& where) {
+// The same for the next `stages`, each tested by a lane: one after the other they would cost a round trip each.
+template <class P> KOGC_DEVICE void wait_full(const Stream<P>& stream, int stages, const Where& where) {
   const typename Trace<P>::Waiting waiting;
+  Stream<P> mine = stream;
+  mine.advance(lane() < stages ? lane() : 0);
   Spin spin;
   for (;;) {
-    bool full = true;
-    Stream<P> at = stream;
-    KOGC_UNROLL for (int i = 0; i < MOST; i++, at.advance()) full &= i >= stages || barrier_test(Ring<P>::full(at.slot), at.parity);
-    if (full) return;
+    if (all_lanes(lane() >= stages || barrier_test(Ring<P>::full(mine.slot), mine.parity))) return;
     spin.step(where, STAGE_FULL, stream.parity);
   }
 }
@@ -197,7 +196,8 @@ template <class P> KOGC_DEVICE void cache_written(const Where& where) {
   if (thread() == 0) publish(&words<P>().attended, where.step * P::LAYERS + where.layer + 1);
 }
 
-template <class P> KOGC_DEVICE void exchange_begins() { if (thread() == 0) words<P>().exchanging = 1; }
-template <class P> KOGC_DEVICE void exchange_ends() { if (thread() == 0) words<P>().exchanging = 0; }
+// Said by the last warp: the first has results to put, and all wait for it.
+template <class P> KOGC_DEVICE void exchange_begins() { if (thread() == THREADS - LANES) words<P>().exchanging = 1; }
+template <class P> KOGC_DEVICE void exchange_ends() { if (thread() == THREADS - LANES) words<P>().exchanging = 0; }
 
 }  // namespace kogc

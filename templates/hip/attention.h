@@ -61,6 +61,8 @@ template <class P> class AttentionCore {
     accumulate(p, keep);
   }
 
+  KOGC_DEVICE void leave(Stream<P>&) {}
+
   // This wave's sums and outputs, to where all waves' meet.
   KOGC_DEVICE void finish(int heads) {
     for (int m = 16; m < LANES; m *= 2) sum_ += shuffle_xor(sum_, m);
