@@ -20,24 +20,25 @@ KOGC_DEVICE void put_vector(float* slot, const float (&v)[4], u32 parity) {  // 
 }
 
 KOGC_DEVICE void put_pair(u32* slot, float a, float b, u32 parity) {
-  const u32 w = pack16(float_to_bf16(a * PAIR_SCALE), float_to_bf16(b * PAIR_SCALE));
+  const u32 w = floats_to_bf16(a * PAIR_SCALE, b * PAIR_SCALE);
   store_word(slot, (w & ~(1u << PAIR_BIT)) | parity << PAIR_BIT);
 }
 
 template <int BIT = FLOAT_BIT> KOGC_DEVICE bool ready(const Words& w, u32 parity) {
-  const u32 other = parity << BIT;  // a bit that differs in any of the four words
-  return ((w.x ^ other | w.y ^ other | w.z ^ other | w.w ^ other) >> BIT & 1u) == 0;
+  const u32 p = parity << BIT, differs = opaque(w.x ^ p | w.y ^ p | w.z ^ p | w.w ^ p);  // opaque: not one word at a time
+  return (differs >> BIT & 1u) == 0;
 }
 
 // Fetch the vectors of four words that `pending` names, `address(i)` each; the others are zero. A warp polls as one, until
 // all its lanes have all that they want; all loads are issued before the first is checked: one after the other they would
-// cost a round trip each.
+// cost a round trip each. (A load alone is made by all lanes, for a branch around it would cost more: any lane's address can
+// be read.)
 template <int N, int BIT = FLOAT_BIT, class Address>
 KOGC_DEVICE void take_vectors(Words (&v)[N], u32 pending, u32 parity, const Where& where, Site site, Address address) {
   static_assert(N <= 32);
   KOGC_UNROLL for (int i = 0; i < N; i++) v[i] = {0, 0, 0, 0};
   for (Spin spin;; spin.step(where, site, parity)) {
-    KOGC_UNROLL for (int i = 0; i < N; i++) load_words_if(pending >> i & 1, v[i], address(i));
+    KOGC_UNROLL for (int i = 0; i < N; i++) load_words_if(N == 1 || (pending >> i & 1), v[i], address(i));
     KOGC_UNROLL for (int i = 0; i < N; i++) pending &= ~((u32)ready<BIT>(v[i], parity) << i);
     if (all_lanes(pending == 0)) break;
   }

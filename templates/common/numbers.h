@@ -15,7 +15,8 @@ KOGC_DEVICE u32 pack16(u16 low, u16 high) { return (u32)low | (u32)high << 16; }
 struct alignas(8) Quad { u32 low, high; };
 
 template <bool FP16> KOGC_DEVICE Quad pack(float a, float b, float c, float d) {
-  return {pack16(from_float<FP16>(a), from_float<FP16>(b)), pack16(from_float<FP16>(c), from_float<FP16>(d))};
+  if constexpr (FP16) return {pack16(float_to_half(a), float_to_half(b)), pack16(float_to_half(c), float_to_half(d))};
+  else return {floats_to_bf16(a, b), floats_to_bf16(c, d)};
 }
 template <bool FP16> KOGC_DEVICE float element(const Quad& q, int i) { return to_float<FP16>((u16)((i < 2 ? q.low : q.high) >> i % 2 * 16)); }
 

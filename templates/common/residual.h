@@ -44,7 +44,7 @@ template <class P> struct Residual {
         r[i] = own(i0 + i, token);
         mine |= 1u << i;
       }
-      take_vectors<BATCH>(v, slot ? mine : 0, parity, where, site, [&](int i) { return slot + 4 * vector(i0 + i); });
+      if (slot) take_vectors<BATCH>(v, mine, parity, where, site, [&](int i) { return slot + 4 * vector(i0 + i); });
       KOGC_UNROLL for (int i = 0; i < BATCH; i++) {
         if (i0 + i >= OWN || !owns(i0 + i)) continue;
         r[i] = {r[i].a + as_float(v[i].x), r[i].b + as_float(v[i].y), r[i].c + as_float(v[i].z), r[i].d + as_float(v[i].w)};

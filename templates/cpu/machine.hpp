@@ -91,6 +91,7 @@ KOGC_DEVICE u16 float_to_bf16(float v) {  // to nearest, ties to even; a NaN sta
   const u32 w = as_word(v), rounded = w + 0x7fff + (w >> 16 & 1);
   return (u16)((w & 0x7fffffff) > 0x7f800000 ? 0x7fff : rounded >> 16);
 }
+KOGC_DEVICE u32 floats_to_bf16(float low, float high) { return (u32)float_to_bf16(low) | (u32)float_to_bf16(high) << 16; }
 KOGC_DEVICE float half_to_float(u16 v) { return _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(v))); }
 KOGC_DEVICE u16 float_to_half(float v) { return (u16)_mm_cvtsi128_si32(_mm_cvtps_ph(_mm_set_ss(v), 0)); }
 

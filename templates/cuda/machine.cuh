@@ -129,11 +129,12 @@ KOGC_DEVICE float as_float(u32 v) { return __uint_as_float(v); }
 KOGC_DEVICE u32 as_word(float v) { return __float_as_uint(v); }
 KOGC_DEVICE float bf16_to_float(u16 v) { return __uint_as_float((u32)v << 16); }
 KOGC_DEVICE float half_to_float(u16 v) { return __half2float(__ushort_as_half(v)); }
-KOGC_DEVICE u16 float_to_bf16(float v) {  // as half of a pair: a conversion of one number is made elsewhere, and takes longer
+KOGC_DEVICE u32 floats_to_bf16(float low, float high) {
   u32 r;
-  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(0.0f), "f"(v));
-  return (u16)r;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
+  return r;
 }
+KOGC_DEVICE u16 float_to_bf16(float v) { return (u16)floats_to_bf16(v, 0); }  // a conversion of one alone takes longer
 KOGC_DEVICE u16 float_to_half(float v) { return __half_as_ushort(__float2half_rn(v)); }
 KOGC_DEVICE float exp2_fast(float v) {
   float r;

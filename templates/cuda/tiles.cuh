@@ -74,9 +74,9 @@ template <int DIM> struct RunningSoftmax {
       u32 b[2][2];  // [what BF16 holds, what it leaves][positions 0-7, 8-15], transposed: lane holds column lane / 4, positions lane % 4 * 2 and + 1
       KOGC_UNROLL for (int t = 0; t < 2; t++) {
         const float x = p[n][2 * t], y = p[n][2 * t + 1];
-        const u16 high = float_to_bf16(x), next = float_to_bf16(y);
-        b[0][t] = transpose8x8(pack16(high, next));
-        b[1][t] = transpose8x8(pack16(float_to_bf16(x - bf16_to_float(high)), float_to_bf16(y - bf16_to_float(next))));
+        const u32 both = floats_to_bf16(x, y);
+        b[0][t] = transpose8x8(both);
+        b[1][t] = transpose8x8(floats_to_bf16(x - bf16_to_float((u16)both), y - as_float(both & 0xffff0000)));
       }
       KOGC_UNROLL for (int i = 0; i < 2 * STEPS; i++) {
         const int part = FP8 ? i / STEPS : i % 2, j = FP8 ? i % STEPS : i / 2;

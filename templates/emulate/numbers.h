@@ -27,6 +27,7 @@ KOGC_DEVICE u16 float_to_bf16(float v) {
   if (v != v) return 0x7fff;
   return (u16)((w + 0x7fff + (w >> 16 & 1)) >> 16);
 }
+KOGC_DEVICE u32 floats_to_bf16(float low, float high) { return (u32)float_to_bf16(low) | (u32)float_to_bf16(high) << 16; }
 KOGC_DEVICE u16 float_to_half(float v) {
   const u32 w = as_word(v), sign = w >> 16 & 0x8000, rest = w & 0x7fffffff;
   if (v != v) return 0x7fff;

@@ -130,6 +130,7 @@ KOGC_DEVICE u32 as_word(float v) { return __builtin_bit_cast(u32, v); }
 KOGC_DEVICE float bf16_to_float(u16 v) { return as_float((u32)v << 16); }
 KOGC_DEVICE float half_to_float(u16 v) { return (float)__builtin_bit_cast(_Float16, v); }
 KOGC_DEVICE u16 float_to_bf16(float v) { return __builtin_bit_cast(u16, (__bf16)v); }
+KOGC_DEVICE u32 floats_to_bf16(float low, float high) { return (u32)float_to_bf16(low) | (u32)float_to_bf16(high) << 16; }
 KOGC_DEVICE u16 float_to_half(float v) { return __builtin_bit_cast(u16, (_Float16)v); }
 KOGC_DEVICE float exp2_fast(float v) { return __builtin_amdgcn_exp2f(v); }
 KOGC_DEVICE float reciprocal(float v) { return __builtin_amdgcn_rcpf(v); }
