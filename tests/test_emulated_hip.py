@@ -214,8 +214,8 @@ BUGS = {
     "a value taken before it is ready": (
         "cdna-planted",
         "common/exchange.h",
-        " && ready<BIT>(v[i], parity)",
-        "",
+        "(u32)ready<BIT>(v[i], parity) << i",
+        "1u << i",
     ),
     "an exchange rewritten with the parity of its last use": (
         "rdna-planted",
@@ -238,8 +238,8 @@ BUGS = {
     "a block that puts before all its waves have read": (
         "cdna-combine",
         "common/splits.h",
-        "      parts[item] = p;\n    }\n    sync();",
-        "      parts[item] = p;\n    }",
+        "parts[item] = p;\n    }\n    sync();",
+        "parts[item] = p;\n    }",
     ),
 }
 

@@ -110,14 +110,14 @@ def test_searches_beyond_what_a_tag_can_count() -> None:
 
 # The same for sampling: what would go wrong on a GPU now and then, or always.
 SAMPLING_BUGS = {
-    "a word taken whatever its tag": ("common/choice.h", "&& ((u32)v[i] & TAG_MASK) == tag)", "&& (u32)v[i])"),
+    "a word taken whatever its tag": ("common/choice.h", "((u32)v[i] & TAG_MASK) == tag", "(u32)v[i] != 0"),
     "logits read before the barrier": ("common/sampling.h", "sync();  // the rows' logits are in memory", ""),
     "bins filled before they are cleared": (
         "common/threshold.h",
         "all[i] = 0;\n    sync();",
         "all[i] = 0;",
     ),
-    "a block whose rows nobody counts": ("common/threshold.h", "int b0 = i / ITEMS;", "int b0 = i / ITEMS + 1;"),
+    "a block whose rows nobody counts": ("common/threshold.h", "b0 = way + i / ITEMS,", "b0 = way + i / ITEMS + 1,"),
     "one more than top-k": ("common/sampling.h", "find((u32)args.top_k,", "find((u32)args.top_k + 1,"),
     "top-p of all, not of what top-k admits": ("common/threshold.h", "top_k ? top_k : ~0ull", "~0ull"),
     "totals of another prefix": ("common/threshold.h", "area_prefix(level) != prefix", "area_prefix(level) == ~0u"),
@@ -133,7 +133,7 @@ SAMPLING_BUGS = {
     ),
     "the log-probability of another block's candidate": (
         "common/logprobs.h",
-        "without_tag(take_key((u64*)(args.exchange + P::X_KEYS) + b, tag, where, WAIT_KEYS)) == key",
+        "is && without_tag(own) == key",
         "b == 0",
     ),
     "likeliest tokens out of order": ("common/logprobs.h", "if (key < best) next", "next"),

@@ -22,7 +22,7 @@ BUGS = {
     "a stage released before it is read": ("cuda/stream.cuh", "if (lane() == 0) barrier_arrive", "barrier_arrive"),
     "a tile used before it has arrived": (
         "cuda/attention.cuh",
-        "wait_full<P, Tiles<P>::MOST_STAGES>(stream, stages(chunk, position), where);",
+        "wait_full<P>(stream, stages(chunk, position), where);",
         "",
     ),
     "a key copied before it is written": (
@@ -30,13 +30,17 @@ BUGS = {
         "if (where_.layer == 0 && !wait_written()) return false;",
         "",
     ),
-    "a value taken before it is ready": ("common/exchange.h", " && ready<BIT>(v[i], parity)", ""),
+    "a value taken before it is ready": ("common/exchange.h", "(u32)ready<BIT>(v[i], parity) << i", "1u << i"),
     "a value with the parity of its last use": (
         "common/exchange.h",
         "(as_word(v[0]) & ~1u) | parity",
         "(as_word(v[0]) & ~1u) | (parity ^ 1)",
     ),
     "a vector taken from another's slot": ("common/decoder.h", "P::X_DOWN", "P::X_O"),
+    "a value that lanes do not share": ("cuda/matvec.cuh", "const int warp_ = scalar(warp());", "const int warp_ = scalar(thread());"),
+    "stages of the cache that are never given back": ("cuda/attention.cuh", "give_back(stream, held_);", "stream.advance(held_);"),
+    "a new value in another's place": ("cuda/attention.cuh", "new_value()[d % 8 * (DIM / 8) + d / 8]", "new_value()[d]"),
+    "a word of a pair's other head": ("cuda/attention.cuh", "put(2 * pair + 1, o.b, extra.b);", "put(2 * pair + 1, o.a, extra.b);"),
     "a gathered vector used before the barrier": (
         "common/residual.h",
         "sync();\n}\n\n}  // namespace",

@@ -57,6 +57,8 @@ def test_the_source_names_nothing_of_this_machine(profile: str) -> None:
 
 # Opcodes of SASS that a kernel must have, and must not have: products, copies into shared memory, prefetches into L2.
 BULK = (("UBLKCP", "UBLKPF", "HMMA"), ("LDGSTS", "CCTL.E.PF2"))
+# What the compiler writes where lanes of a warp may part: 20 to 30 ns each, in code that every layer runs through.
+WARPS_PART = re.compile(r"\b(?:YIELD|BRA\.DIV)\b")
 ASYNC = (("LDGSTS", "ARRIVES.LDGSTSBAR", "CCTL.E.PF2", "HMMA"), ("UBLKCP", "UBLKPF"))
 
 
@@ -100,6 +102,15 @@ def test_cuda_sources_compile_to_what_the_architecture_can(
     present, absent = BULK if plan.profile.bulk_copies else ASYNC
     assert [opcode for opcode in present if opcode not in code] == []
     assert [opcode for opcode in absent if opcode in code] == []
+    if plan.profile.arch == "sm_90a":  # where it was measured
+        for symbol in ("kogc_generate", "kogc_prompt", "kogc_samples"):
+            assert not WARPS_PART.findall(body(code, symbol)), f"{symbol}: a warp may not go as one"
+
+
+def body(code: str, symbol: str) -> str:
+    """The code of a kernel without the functions that lie behind it, and nothing where there is no such kernel."""
+    after = code.partition(f".text.{symbol}:")[2].partition("//---")[0]
+    return re.split(r"^\$kogc_", after, maxsplit=1, flags=re.MULTILINE)[0]
 
 
 def disassembled(cubin: Path) -> str:

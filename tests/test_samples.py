@@ -204,8 +204,8 @@ BUGS = {
     "blocks do not wait for one another": (
         "even",
         "cuda/pass_layout.cuh",
-        "while ((RELEASED ? load_acquired(count) : load_word(count)) < needed) spin.step(where, WAIT_PASS, needed);",
-        "",
+        "(RELEASED ? load_acquired(count) : load_word(count)) >= needed",
+        "needed > 0",
     ),
     "activations are taken that have not come": (
         "even",

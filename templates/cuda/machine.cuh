@@ -56,19 +56,13 @@ template <class T> KOGC_DEVICE T shuffle_from(T v, int source) { return __shfl_s
 KOGC_DEVICE int scalar(int v) { return shuffle_from(v, 0); }
 KOGC_DEVICE bool all_lanes(bool v) { return __all_sync(~0u, v); }
 
-KOGC_DEVICE u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
-
-KOGC_DEVICE u32 add_shared(u32* p, u32 v) {  // what was there before
-  u32 before;
-  asm volatile("atom.relaxed.cta.shared::cta.add.u32 %0, [%1], %2;" : "=r"(before) : "r"(shared_address(p)), "r"(v) : "memory");
-  return before;
-}
 // Two additions of 32 bits and the carry between them: one of 64 bits would be a loop of compare and swap.
 KOGC_DEVICE void add_shared(u64* p, u64 v) {
-  const u32 low = (u32)v, high = (u32)(v >> 32) + (add_shared((u32*)p, low) > ~low);
-  if (high) add_shared((u32*)p + 1, high);
+  const u32 low = (u32)v, high = (u32)(v >> 32) + (atomicAdd((u32*)p, low) > ~low);
+  if (high) atomicAdd((u32*)p + 1, high);
 }
-KOGC_DEVICE u32 take_place(u32* count) { return add_shared(count, 1); }  // in shared memory: how many came before
+
+KOGC_DEVICE u32 take_place(u32* count) { return atomicAdd(count, 1u); }  // in shared memory: how many came before
 
 // --- words that carry their own readiness: relaxed, device scope -----------------------------------------------------
 struct alignas(16) Words { u32 x, y, z, w; };
@@ -115,6 +109,8 @@ KOGC_DEVICE i32 load_host(const void* p) {
   asm volatile("ld.relaxed.sys.global.u32 %0, [%1];" : "=r"(v) : "l"(p) : "memory");
   return v;
 }
+
+KOGC_DEVICE u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
 
 // --- a word in shared memory that says what was written before it ----------------------------------------------------
 KOGC_DEVICE void publish(u32* p, u32 v) { asm volatile("st.release.cta.shared::cta.u32 [%0], %1;" ::"r"(shared_address(p)), "r"(v) : "memory"); }

@@ -129,7 +129,7 @@ template <class P> class PromptPass {
 
   KOGC_DEVICE void keys_and_values() {
     constexpr int EACH = 2 * P::KV_HEADS;
-    for (int i = block() * WARPS + warp(); i < count() * EACH; i += P::BLOCKS * WARPS) {
+    for (int i = block() * WARPS + scalar(warp()); i < count() * EACH; i += P::BLOCKS * WARPS) {
       const int token = i / EACH, head = i % EACH % P::KV_HEADS, position = args_.start + first() + token;
       const bool value = i % EACH >= P::KV_HEADS;
       u8* chunk = chunk_address<P>(args_.kv, where_.layer, head, position / CHUNK);
@@ -165,11 +165,11 @@ template <class P> KOGC_DEVICE void prompt(const KernelArgs& args) {
   for (int phase = thread(); phase < LAYER_PHASES; phase += block_threads()) words.phases[phase] = pass_phase<P>(phase);
   if (thread() == 0) words.finished = words.met = 0;
   PassRing<P>::init(2 * PIECE_COPIERS * PASS_PRODUCERS);  // weights and activations arrive by themselves
-  if (warp() >= PRODUCER) return PassProducer<P>(args).run();
+  if (scalar(warp()) >= PRODUCER) return PassProducer<P>(args).run();
   PromptPass<P> pass(args);
 #pragma unroll 1
   for (int first = 0; first < args.n_prompt; first += P::Pass::TOKENS)
-    if (!pass.run(first)) break;
+    if (!scalar(pass.run(first))) break;
   sync();
   if (thread() == 0) words.finished = 1;
 }

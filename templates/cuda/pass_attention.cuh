@@ -18,7 +18,7 @@ template <class P> class PassAttention {
   KOGC_DEVICE void run(const KernelArgs& args, int item, int layer, int start, int count, Prepare prepare, Store store) {
     const int kv_head = item / ITEMS, first = item % ITEMS * (8 * TOGETHER);
     if (first / P::GROUP >= count) return;
-    for (int i = warp(); i < 8 * TOGETHER; i += WARPS) {
+    for (int i = warp_; i < 8 * TOGETHER; i += WARPS) {
       const int token = (first + i) / P::GROUP, head = kv_head * P::GROUP + (first + i) % P::GROUP;
       if (token < count) {
         prepare(token, head).store([&](int d, float v) {
@@ -61,10 +61,10 @@ template <class P> class PassAttention {
   KOGC_DEVICE void products(const KernelArgs& args, int layer, int kv_head, int lowest, int last) {
     const int first = lowest / CHUNK, end = last / CHUNK + 1;
     const auto tile = [&](int chunk) {
-      return (const Piece<P>*)(chunk_address<P>(args.kv, layer, kv_head, chunk) + warp() * CachePlace<P>::BYTES) + lane();
+      return (const Piece<P>*)(chunk_address<P>(args.kv, layer, kv_head, chunk) + warp_ * CachePlace<P>::BYTES) + lane();
     };
     const auto seen = [&](int chunk) {
-      const int base = chunk * CHUNK + warp() * TILE;
+      const int base = chunk * CHUNK + warp_ * TILE;
       return base <= last && base + TILE - 1 >= lowest;
     };
     Piece<P> k[STEPS] = {};
@@ -80,7 +80,7 @@ template <class P> class PassAttention {
       load(v[0], tile(chunk) + STEPS * 32);
       scales.load(tile(chunk));
       float p[TOGETHER][1][4];
-      KOGC_UNROLL for (int t = 0; t < TOGETHER; t++) scores(p[t][0], k, scales, t, chunk * CHUNK + warp() * TILE);
+      KOGC_UNROLL for (int t = 0; t < TOGETHER; t++) scores(p[t][0], k, scales, t, chunk * CHUNK + warp_ * TILE);
       if (chunk + 1 < end && seen(chunk + 1)) load(k, tile(chunk + 1));
       KOGC_UNROLL for (int t = 0; t < TOGETHER; t++) {
         float keep[2];
@@ -111,6 +111,7 @@ template <class P> class PassAttention {
     }
   }
 
+  const int warp_ = scalar(warp());
   RunningSoftmax<DIM> softmax_[TOGETHER];
   int position_[TOGETHER][2], lowest_[TOGETHER][2];
 };

@@ -104,14 +104,18 @@ KOGC_DEVICE i32* grid_stop(const KernelArgs& args) { return (i32*)args.scratch +
 template <bool RELEASED, class Passed>
 KOGC_DEVICE void meet_blocks(int blocks, i32& met, const KernelArgs& args, const Where& where, Passed passed) {
   sync();
-  if (thread() == 0) {
+  if (scalar(warp()) == 0) {  // which waits as one
     u32* count = grid_count(args);
-    if constexpr (RELEASED) add_released(count, 1);
-    else add_word(count, 1);
-    const u32 needed = ++met * blocks;
-    Spin spin;
-    while ((RELEASED ? load_acquired(count) : load_word(count)) < needed) spin.step(where, WAIT_PASS, needed);
-    passed();
+    const u32 needed = (met + 1) * blocks;
+    if (lane() == 0) {
+      if constexpr (RELEASED) add_released(count, 1);
+      else add_word(count, 1);
+    }
+    for (Spin spin; !all_lanes((RELEASED ? load_acquired(count) : load_word(count)) >= needed);) spin.step(where, WAIT_PASS, needed);
+    if (lane() == 0) {
+      met++;
+      passed();
+    }
   }
   sync();
 }

@@ -33,10 +33,10 @@ template <class P> class PassProduct {
         moved = slices.advance();
       } while (moved == SAME_ROWS);
       KOGC_UNROLL for (int j = 0; j < OWN; j++) {
-        const int tile = warp() / HALVES + j * (WARPS / HALVES);
+        const int tile = warp_ / HALVES + j * (WARPS / HALVES);
         if (tile >= tiles) continue;
         KOGC_UNROLL for (int h = 0; h < 2; h++) KOGC_UNROLL for (int m = 0; m < TOKEN_TILES; m++)
-          result((first + tile) * TILE_ROWS + h * 8 + (lane() & 3) * 2, (warp() % HALVES * TOKEN_TILES + m) * TOKEN_TILE + lane() / 4, c[j][h][m]);
+          result((first + tile) * TILE_ROWS + h * 8 + (lane() & 3) * 2, (warp_ % HALVES * TOKEN_TILES + m) * TOKEN_TILE + lane() / 4, c[j][h][m]);
       }
     } while (moved == OTHER_ROWS);
   }
@@ -47,20 +47,20 @@ template <class P> class PassProduct {
     while (!barrier_passed(PassRing<P>::full(at.slot), at.parity)) spin.step(where, STAGE_FULL, at.parity);
   }
 
-  static KOGC_DEVICE void multiply(Sums& c, int slot, const PassSlices<P>& slices, int unit, int slice, int tiles) {
+  KOGC_DEVICE void multiply(Sums& c, int slot, const PassSlices<P>& slices, int unit, int slice, int tiles) const {
     const bool eight = unit == 8;
     const int fragments = slices.fragments(), steps = eight ? fragments : 2 * fragments;
     const char* stage = PassRing<P>::stage(slot);
     // In units of 4 rows a lane reads its 16 bytes from one of two units; they hold 64 columns a fragment, in two halves.
     const int stride = eight ? FRAGMENT_BYTES : FRAGMENT_BYTES / 2, half_tile = slice * FRAGMENT_BYTES * (eight ? 1 : 2);
-    const char* weights = stage + (eight ? lane() * 16 : lane() / 16 * (half_tile / 2) + lane() % 16 * 16) + warp() / HALVES * (2 * half_tile);
-    const char* x = stage + Q::STAGE_BYTES - steps * (STEP_COLUMNS * Q::TOKENS * 2) + warp() % HALVES * (TOKEN_TILES * 2 * FRAGMENT_BYTES) + lane() * 16;
+    const char* weights = stage + (eight ? lane() * 16 : lane() / 16 * (half_tile / 2) + lane() % 16 * 16) + warp_ / HALVES * (2 * half_tile);
+    const char* x = stage + Q::STAGE_BYTES - steps * (STEP_COLUMNS * Q::TOKENS * 2) + warp_ % HALVES * (TOKEN_TILES * 2 * FRAGMENT_BYTES) + lane() * 16;
 #pragma unroll 2
     for (int step = 0; step < steps; step++) {
       Words a[TOKEN_TILES][2];
       KOGC_UNROLL for (int m = 0; m < TOKEN_TILES; m++) KOGC_UNROLL for (int k = 0; k < 2; k++) a[m][k] = *(const Words*)(x + (m * 2 + k) * FRAGMENT_BYTES);
       KOGC_UNROLL for (int j = 0; j < OWN; j++) {
-        if (warp() / HALVES + j * (WARPS / HALVES) >= tiles) continue;
+        if (warp_ / HALVES + j * (WARPS / HALVES) >= tiles) continue;
         const char* from = weights + j * (WARPS / HALVES) * (2 * half_tile);
         KOGC_UNROLL for (int h = 0; h < 2; h++) {
           const Words w = *(const Words*)(from + h * half_tile);
@@ -74,6 +74,8 @@ template <class P> class PassProduct {
       x += STEP_COLUMNS * Q::TOKENS * 2;
     }
   }
+
+  const int warp_ = scalar(warp());
 };
 
 }  // namespace kogc

@@ -24,13 +24,13 @@ template <class P> class SampleAttention {
       const int first = kv_head_ * P::GROUP + tile * HEADS, left = P::GROUP - tile * HEADS, heads = left < HEADS ? left : HEADS;
       const Tiles tiles = this->tiles();
       Piece<P> k[STEPS] = {}, v[1][STEPS] = {};
-      const bool early = KEYS_AHEAD && warp() < tiles.count - 1, late = !early && warp() < tiles.count;  // the last one waits for the new key
-      if (early) load(k, tiles.at(*this, warp()));
-      if (VALUES_AHEAD && early) load(v[0], tiles.at(*this, warp()) + STEPS * 32);
+      const bool early = KEYS_AHEAD && warp_ < tiles.count - 1, late = !early && warp_ < tiles.count;  // the last one waits for the new key
+      if (early) load(k, tiles.at(*this, warp_));
+      if (VALUES_AHEAD && early) load(v[0], tiles.at(*this, warp_) + STEPS * 32);
       prepare(first, heads, tile == 0, vector);
       sync();
-      if (late) load(k, tiles.at(*this, warp()));
-      if (VALUES_AHEAD && late) load(v[0], tiles.at(*this, warp()) + STEPS * 32);
+      if (late) load(k, tiles.at(*this, warp_));
+      if (VALUES_AHEAD && late) load(v[0], tiles.at(*this, warp_) + STEPS * 32);
       products(tiles, k, v);
       merge().put(softmax_);
       sync();
@@ -54,7 +54,7 @@ template <class P> class SampleAttention {
     using Place = CachePlace<P>;
     u8* page = own_page(position_ / CHUNK);
     const int at = position_ % CHUNK;
-    for (int i = warp(); i < 8 + 2 * with_key; i += WARPS) {
+    for (int i = warp_; i < 8 + 2 * with_key; i += WARPS) {
       if (i < heads) {
         vector((first + i) * DIM, false).store([&](int d, float v) {
           v *= LOG2E * P::INVERSE_SQRT_HEAD_DIM * Scales<P>::UNIT;
@@ -92,7 +92,7 @@ template <class P> class SampleAttention {
 
   KOGC_DEVICE void products(const Tiles& tiles, Piece<P> (&k)[STEPS], Piece<P> (&v)[1][STEPS]) {
 #pragma unroll 1
-    for (int i = warp(); i < tiles.count; i += WARPS) {
+    for (int i = warp_; i < tiles.count; i += WARPS) {
       const bool own = tiles.own(i);
       if (!VALUES_AHEAD) load(v[0], tiles.at(*this, i) + STEPS * 32);
       Scales<P> scales;
@@ -130,6 +130,7 @@ template <class P> class SampleAttention {
 
   const SampleArgs& args_;
   const int layer_, position_, sample_, kv_head_;
+  const int warp_ = scalar(warp());
   int lowest_ = 0;  // position in the window
   RunningSoftmax<DIM> softmax_;
 };

@@ -49,7 +49,7 @@ template <class P> KOGC_COLD i32 choose_token(const SampleArgs& args, int sample
     store_key(keys + C::rank(), best | tag);
     if (own.choice & LOGPROBS) put_raw<C>(own, best ? rows.logits[row_of(best) - rows.first] : 0, tag);
   }
-  const u64 agreed = words<C>().agreed, chosen = agreed ? agreed : largest_of_blocks<C>(keys, tag, where, WAIT_KEYS);
+  const u64 agreed = words<C>().agreed, chosen = scalar(agreed != 0) ? agreed : largest_of_blocks<C>(keys, tag, where, WAIT_KEYS);
   if ((own.choice & LOGPROBS) && C::rank() == 0) put_record<C>(own, step, step, chosen, tag);
   if (own.choice & PENALISE) count_token<C>(own, row_of(chosen));
   return row_of(chosen);

@@ -30,19 +30,19 @@ template <class P> class SampleProduct {
       multiply(c, at, share(p, tiles), where);
       if (split) {
         KOGC_UNROLL for (int j = 0; j < MOST_OF_WARP; j++)
-          if (j < tiles) *sums(warp(), j) = {{c[j][0], c[j][1], c[j][2], c[j][3]}};
+          if (j < tiles) *sums(warp_, j) = {{c[j][0], c[j][1], c[j][2], c[j][3]}};
         sync();
-        if (warp() < tiles) {
+        if (warp_ < tiles) {
           Four all = {};
           KOGC_UNROLL for (int w = 0; w < WARPS; w++) {
-            const Four one = *sums(w, warp());
+            const Four one = *sums(w, warp_);
             KOGC_UNROLL for (int e = 0; e < 4; e++) all.y[e] += one.y[e];
           }
-          result(first + warp() * COLUMN_ROWS, lane() / 4, all.y);
+          result(first + warp_ * COLUMN_ROWS, lane() / 4, all.y);
         }
       } else {
         KOGC_UNROLL for (int j = 0; j < MOST_OF_WARP; j++)
-          if (warp() + j * WARPS < tiles) result(first + (warp() + j * WARPS) * COLUMN_ROWS, lane() / 4, c[j]);
+          if (warp_ + j * WARPS < tiles) result(first + (warp_ + j * WARPS) * COLUMN_ROWS, lane() / 4, c[j]);
       }
     }
   }
@@ -69,8 +69,8 @@ template <class P> class SampleProduct {
     const int weights = eight ? lane() * 16 : lane() / 16 * of_unit + lane() % 16 * 16;
     const int x = Q::STAGE_BYTES - slice * x_step + lane() * 16, steps = halves * p.fragments;
     const char* source = (const char*)args_.scratch + p.x + lane() * 16;
-    if (p.split) return {weights + warp() * step, x + warp() * x_step, tiles, of_tile, true, warp(), slice, steps, WARPS * step, WARPS * x_step, source};
-    return {weights + warp() * of_tile, x, (tiles - warp() + WARPS - 1) / WARPS, WARPS * of_tile, false, 0, slice, steps, step, x_step, source};
+    if (p.split) return {weights + warp_ * step, x + warp_ * x_step, tiles, of_tile, true, warp_, slice, steps, WARPS * step, WARPS * x_step, source};
+    return {weights + warp_ * of_tile, x, (tiles - warp_ + WARPS - 1) / WARPS, WARPS * of_tile, false, 0, slice, steps, step, x_step, source};
   }
 
   KOGC_DEVICE void multiply(Sums& c, PassCursor<Sampled<P>>& at, const Share& share, const Where& where) const {
@@ -128,7 +128,7 @@ template <class P> class SampleProduct {
       for (int half = 0; half < (narrow_ ? 1 : 2); half++) {
         const int at = i + half * LANES * 16;
         Words w = load_words(source + at);
-        for (Spin spin; missing(without_parity(w)); w = load_words(source + at)) spin.step(where, WAIT_PASS, parity_ >> PAIR_BIT);
+        for (Spin spin; !all_lanes(!missing(without_parity(w))); w = load_words(source + at)) spin.step(where, WAIT_PASS, parity_ >> PAIR_BIT);
         *(Words*)(x + at) = w;
       }
     fence_stage();  // the next copy into the stage comes after this
@@ -190,6 +190,7 @@ template <class P> class SampleProduct {
   const SampleArgs& args_;
   const bool narrow_;
   const u32 parity_, asked_[2];
+  const int warp_ = scalar(warp());
 };
 
 }  // namespace kogc

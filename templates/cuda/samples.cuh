@@ -154,7 +154,7 @@ template <class P> class SampleSteps : SampleResidual<P> {
     sync();
     u32 ended = 0;
     for (int i = 0; i < args_.n_samples; i++) ended |= (u32)(words().ended[i] != 0) << i;
-    live_ &= ~ended;
+    live_ = (u32)scalar((int)(live_ & ~ended));
     return live_;
   }
 
@@ -213,12 +213,12 @@ template <class P> KOGC_DEVICE void samples(const SampleArgs& args) {
   if (warp() < PRODUCER) init_words<Choosers<P>>();
   if (thread() == 0) kogc::words<Choosers<P>>().stop = 0;
   SampleRing<P>::init();
-  if (warp() == PRODUCER + WEIGHT_PRODUCERS) return SampleActivations<P>(args).run();
-  if (warp() >= PRODUCER) return SampleWeights<P>(args).run();
+  if (scalar(warp()) == PRODUCER + WEIGHT_PRODUCERS) return SampleActivations<P>(args).run();
+  if (scalar(warp()) >= PRODUCER) return SampleWeights<P>(args).run();
   SampleSteps<P> steps(args);
 #pragma unroll 1
   for (int step = 0; step < args.max_new; step++)
-    if (!steps.step(step)) break;
+    if (!scalar(steps.step(step))) break;
   sync();
   if (thread() == 0) words.finished = 1;
 }
