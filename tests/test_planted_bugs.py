@@ -37,10 +37,26 @@ BUGS = {
         "(as_word(v[0]) & ~1u) | (parity ^ 1)",
     ),
     "a vector taken from another's slot": ("common/decoder.h", "P::X_DOWN", "P::X_O"),
-    "a value that lanes do not share": ("cuda/matvec.cuh", "const int warp_ = scalar(warp());", "const int warp_ = scalar(thread());"),
-    "stages of the cache that are never given back": ("cuda/attention.cuh", "give_back(stream, held_);", "stream.advance(held_);"),
-    "a new value in another's place": ("cuda/attention.cuh", "new_value()[d % 8 * (DIM / 8) + d / 8]", "new_value()[d]"),
-    "a word of a pair's other head": ("cuda/attention.cuh", "put(2 * pair + 1, o.b, extra.b);", "put(2 * pair + 1, o.a, extra.b);"),
+    "a value that lanes do not share": (
+        "cuda/matvec.cuh",
+        "const int warp_ = scalar(warp());",
+        "const int warp_ = scalar(thread());",
+    ),
+    "stages of the cache that are never given back": (
+        "cuda/attention.cuh",
+        "give_back(stream, held_);",
+        "stream.advance(held_);",
+    ),
+    "a new value in another's place": (
+        "cuda/attention.cuh",
+        "new_value()[d % 8 * (DIM / 8) + d / 8]",
+        "new_value()[d]",
+    ),
+    "a word of a pair's other head": (
+        "cuda/attention.cuh",
+        "put(2 * pair + 1, o.b, extra.b);",
+        "put(2 * pair + 1, o.a, extra.b);",
+    ),
     "a gathered vector used before the barrier": (
         "common/residual.h",
         "sync();\n}\n\n}  // namespace",

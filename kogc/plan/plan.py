@@ -17,8 +17,8 @@ from .passes import Passes, passes
 from .samples import Samples, samples
 from .shared_memory import HEAD_TILE, SharedMemory, shared_memory
 
-SMALL_LAYER = 240 << 10  # bytes a block, of a layer that does best with one stage in flight
-MOST_IN_FLIGHT = 5
+SMALL_LAYER = 1 << 20  # bytes a block, of a layer that does best with the fewest stages in flight
+LEAST_IN_FLIGHT, MOST_IN_FLIGHT = 3, 5
 FEWEST_STAGES = 6  # of a ring that is cut into large stages
 L2_SHARE = 3  # what is fetched ahead of full rings takes at most one part in so many of the L2 cache
 FEW_GROUPS_COST = 1.045  # qwen2.5-1.5b on an H200 is 1.4 % faster by units of 8, with 3.4 % more bytes a layer
@@ -286,8 +286,8 @@ def default_knobs(plan: Plan) -> Knobs:
     """Knobs for a model that nobody has tuned: the more a block streams a layer, the more it may have in flight.
 
     Exchanges wait behind copies, and cost a small layer a larger share of its time. Measured on an H200, the best
-    number of stages grows by one where the bytes of a layer double: 1 at 240 KiB a block, 3 at 1 MiB, 5 at 3.4 MiB;
-    and two splits of attention are better gathered than combined while layers are small.
+    number of stages is 3 at 240 KiB a block and at 1 MiB, and grows by one where the bytes of a layer double from
+    there on: 5 at 3.4 MiB; and two splits of attention are better gathered than combined while layers are small.
     """
     if plan.target == "cpu":
         return plan.knobs
@@ -296,8 +296,9 @@ def default_knobs(plan: Plan) -> Knobs:
             plan.knobs, stage_bytes=16 * plan.profile.threads, in_flight=_loads_in_flight(plan), gather_splits=2
         )
     large = plan.knobs
-    in_flight = round(1 + math.log2(max(plan.layer_bytes(block) for block in range(plan.blocks)) / SMALL_LAYER))
-    in_flight = max(1, min(MOST_IN_FLIGHT, in_flight))
+    bytes_of_layer = max(plan.layer_bytes(block) for block in range(plan.blocks))
+    in_flight = LEAST_IN_FLIGHT + round(math.log2(max(1, bytes_of_layer / SMALL_LAYER)))
+    in_flight = min(MOST_IN_FLIGHT, in_flight)
     # Where few large stages fit, smaller ones, and as many bytes in flight as the ring can hold.
     shrink = 1 if plan.memory.stages >= FEWEST_STAGES else 2
     small = replace(plan, knobs=replace(large, stage_bytes=large.stage_bytes // shrink))
