@@ -95,8 +95,8 @@ struct Plan {
   static constexpr bool TRACE = TRACE_EVENTS > 0;
   // stream
   static constexpr int STAGES = 12, STAGE_BYTES = 16384, SLOT_BYTES = 16384, GROUP_FRAGMENTS = 4;
-  static constexpr int IN_FLIGHT = 1, IN_FLIGHT_HEAD = 4;
-  static constexpr int IN_FLIGHT_EXCHANGE = 1;
+  static constexpr int IN_FLIGHT = 3, IN_FLIGHT_HEAD = 4;
+  static constexpr int IN_FLIGHT_EXCHANGE = 2;
   static constexpr int PREFETCH = 8, PACE = 900;
   // shared memory, bytes
   static constexpr int RING_OFFSET = 0, ACTIVATION_OFFSET = 196608;
