@@ -264,7 +264,7 @@ BUGS = {
         "own.seed = args.seed + sample;",
         "own.seed = args.seed;",
     ),
-    "a sample that has ended goes on": ("even", "cuda/samples.cuh", "live_ &= ~ended;", ""),
+    "a sample that has ended goes on": ("even", "cuda/samples.cuh", "(live_ & ~ended)", "live_"),
 }
 
 
