@@ -59,17 +59,21 @@ template <class P> class Decoder {
     });
     where_.layer = 0;
     phase_ = QKV;
-    const bool needs_head = Generation<P>::needs_head(args_, step);
 #pragma unroll 1
-    while (phase_ < HEAD + needs_head) {
+    for (;;) {
       exchange_begins<P>();
-      if (phase_ == O) each_token([&](int i) { attend<P>(stream_, of_[i], position(i), parity_, where_); });
+      if (phase_ == O) {
+        each_token([&](int i) { attend<P>(stream_, of_[i], position(i), parity_, where_); });
+        phase_ = opaque((int)O);  // not kept in a register through attention
+      }
       begin();  // not before: keys and values lie ahead of O's weights
       input();
       exchange_ends<P>();
       if (phase_ == QKV) parity_ ^= 1;
       project();
-      if (++phase_ == HEAD && ++where_.layer < P::LAYERS) phase_ = QKV;
+      if (++phase_ < HEAD) continue;
+      if (phase_ == HEAD && ++where_.layer < P::LAYERS) phase_ = QKV;
+      else if (phase_ > HEAD || !Generation<P>::needs_head(args_, step)) break;
     }
     if constexpr (TOKENS == 1) {
       if (chooses()) {
@@ -131,14 +135,14 @@ template <class P> class Decoder {
   // vain, and in the way.
   KOGC_DEVICE void begin() {
     work_ = words<P>().work[phase_];
+    early_ = {};  // in every phase: what is only written in one would be kept through all others
+    stop_ = 0;
+    best_ = 0;
     if (P::QKV_BIAS && phase_ == QKV) {
       const int row = work_.first + ROWS_TOGETHER * thread();
       if (row < work_.rows) early_ = *(const Quad*)(bias() + row);
     }
-    if (phase_ == HEAD) {
-      stop_ = block() == 0 && thread() == 0 ? load_host(args_.stop_word) : 0;  // arrives while the rows stream
-      best_ = 0;
-    }
+    if (phase_ == HEAD && block() == 0 && thread() == 0) stop_ = load_host(args_.stop_word);  // arrives while the rows stream
     products_.begin(stream_, work_, where_);
   }
   KOGC_DEVICE const u16* bias() const { return args_.qkv_bias + (u64)where_.layer * P::Qkv::ROWS; }
@@ -167,7 +171,8 @@ template <class P> class Decoder {
           if (row + e < work_.rows) best_ = larger(best_, consider(i, first + e, row + e, y[e]));
       } else {
         if (P::QKV_BIAS && phase_ == QKV) {
-          Quad q = first == ROWS_TOGETHER * thread() ? early_ : *(const Quad*)(bias() + row);
+          Quad q = early_;
+          if (first != ROWS_TOGETHER * thread()) q = *(const Quad*)(bias() + row);
           q = {opaque(q.low), opaque(q.high)};
           KOGC_UNROLL for (int e = 0; e < ROWS_TOGETHER; e++) y[e] += element<P::FP16>(q, e);
         }
