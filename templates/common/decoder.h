@@ -48,8 +48,7 @@ template <class P> class Decoder {
  public:
   KOGC_DEVICE Decoder(const KernelArgs& args, Stream<P>& stream) : args_(args), of_(args), stream_(stream), where_{args, 0, 0} {}
 
-  // A token goes in, the next one comes out; or a pass of the prompt goes in, from token `step` on. False: the generation
-  // has ended.
+  // A token goes in, the next one comes out; or a pass of the prompt, from token `step` on. False: the generation has ended.
   KOGC_DEVICE bool step(int step) {
     where_.step = step;
     mark(BEGIN);
