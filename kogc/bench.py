@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import statistics
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +36,9 @@ class Speed:
     """One row: n tokens generated from `depth`. Rates are medians over the repeats; bytes are what must be read.
 
     spread: standard deviation of tokens_per_second over the repeats. share: of the memory's read ceiling, measured in
-    the same run; weights that stay in a cache may be read faster than that. Of a prompt (`pp`), whose tokens share
-    what is read, n tokens go in and the rate is theirs until the first new token is there; bytes and share are 0.
+    the same run, before and after, of which the higher counts; weights that stay in a cache may be read faster. Of a
+    prompt (`pp`), whose tokens share what is read, n tokens go in and the rate is theirs until the first new token is
+    there; bytes and share are 0.
     """
 
     test: str
@@ -47,7 +48,7 @@ class Speed:
     spread: float
     bytes_per_token: float
     bytes_per_second: float
-    share: float
+    share: float = 0.0
 
 
 def run_bench(
@@ -79,11 +80,13 @@ def run_bench(
         comparison = compare(runtime, tuple(depths), samples=tuple(samples))
         require(comparison)
         ceiling = runtime.read_bandwidth()
-        speeds = [_speed(runtime, depth, n, repeat, ceiling) for depth in depths]
+        speeds = [_speed(runtime, depth, n, repeat) for depth in depths]
         if sample:
-            speeds.append(_speed(runtime, depths[0], n, repeat, ceiling, SAMPLED))
-        speeds += [_samples_speed(runtime, speeds[0], count, repeat, ceiling) for count in samples]
+            speeds.append(_speed(runtime, depths[0], n, repeat, SAMPLED))
+        speeds += [_samples_speed(runtime, speeds[0], count, repeat) for count in samples]
         speeds += [_prompt_speed(runtime, count, repeat) for count in prompts]
+        ceiling = max(ceiling, runtime.read_bandwidth())  # at both ends: a neighbour may have slowed one of them
+        speeds = [replace(speed, share=speed.bytes_per_second / ceiling) for speed in speeds]
         result = _result(runtime, speeds, ceiling, repeat, comparison)
         evenness = watch(runtime, depths[0]) if steady else None
         profile = _profile(runtime, depths[0]) if phases or trace else None
@@ -133,7 +136,7 @@ def _check(
             raise KogcError(f"{what} need {longest} positions, {have}")
 
 
-def _speed(runtime: Runtime, depth: int, n: int, repeat: int, ceiling: float, sampling: Sampling = GREEDY) -> Speed:
+def _speed(runtime: Runtime, depth: int, n: int, repeat: int, sampling: Sampling = GREEDY) -> Speed:
     """One token as the prompt at position `depth`, then n tokens; no stop token ends them."""
     runtime.fill_kv(depth)
     request = Request((runtime.plan.spec.bos_token or 0,), start=depth, max_new=n, sampling=sampling)
@@ -148,10 +151,10 @@ def _speed(runtime: Runtime, depth: int, n: int, repeat: int, ceiling: float, sa
     per_token = runtime.plan.weight_bytes + _mean_kv_bytes(runtime.plan, depth, n)
     spread = statistics.stdev(rates) if repeat > 1 else 0.0
     test = f"tg{n}" + (f" @ d{depth}" if depth else "") + ("" if sampling.greedy else " sampled")
-    return Speed(test, depth, n, rate, spread, per_token, per_token * rate, per_token * rate / ceiling)
+    return Speed(test, depth, n, rate, spread, per_token, per_token * rate)
 
 
-def _samples_speed(runtime: Runtime, one: Speed, count: int, repeat: int, ceiling: float) -> Speed:
+def _samples_speed(runtime: Runtime, one: Speed, count: int, repeat: int) -> Speed:
     """`count` continuations together, each as the one stream of `one`: tokens per second, and how many times one's.
 
     Bytes are those of a step: the weights and the prompt's keys and values once, and each sample's own.
@@ -169,9 +172,8 @@ def _samples_speed(runtime: Runtime, one: Speed, count: int, repeat: int, ceilin
     shared = plan.kv_bytes_read(depth)
     step = plan.weight_bytes + shared + count * (_mean_kv_bytes(plan, depth, n) - shared)
     spread = statistics.stdev(rates[1:]) if repeat > 1 else 0.0
-    speed = rate / count * step
     test = f"{one.test} x{count} ({rate / one.tokens_per_second:.2f} times one)"
-    return Speed(test, depth, n, rate, spread, step / count, speed, speed / ceiling)
+    return Speed(test, depth, n, rate, spread, step / count, rate / count * step)
 
 
 def _prompt_speed(runtime: Runtime, n: int, repeat: int) -> Speed:
@@ -182,7 +184,7 @@ def _prompt_speed(runtime: Runtime, n: int, repeat: int) -> Speed:
     runtime.run(request)
     rates = [n / (runtime.run(request).milliseconds / 1e3) for _ in range(repeat)]
     spread = statistics.stdev(rates) if repeat > 1 else 0.0
-    return Speed(f"pp{n}", 0, n, statistics.median(rates), spread, 0.0, 0.0, 0.0)
+    return Speed(f"pp{n}", 0, n, statistics.median(rates), spread, 0.0, 0.0)
 
 
 def _profile(runtime: Runtime, depth: int) -> tracing.Trace:

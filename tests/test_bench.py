@@ -48,7 +48,7 @@ class Fp8Reference(Reference):
 class NumpyRuntime:
     """A device whose kernel is the reference itself, over random packed weights and a cache in the target's layout.
 
-    `spoil(request, logits, launch)` may change the logits that a launch gives; `repeat_token` its greedy choice.
+    `spoil(request, logits, launch)` may change the logits that a launch gives; `wrong_token` its greedy choice.
     """
 
     def __init__(self, plan: Plan) -> None:
@@ -57,6 +57,7 @@ class NumpyRuntime:
         self.launches = 0
         self.spoil: Spoil = lambda request, logits, launch: logits
         self.wrong_token = False
+        self.bandwidths = [1e9, 1e9]  # before the speeds are measured, and after
         rng = np.random.default_rng(1)
         values = rng.normal(0, 0.2, total_bytes(plan) // 2).astype(np.float32)
         self.weights = (values.view(np.uint32) >> 16).astype(np.uint16).view(np.uint8)
@@ -110,7 +111,7 @@ class NumpyRuntime:
         return self.of_samples
 
     def read_bandwidth(self) -> float:
-        return 1e9
+        return self.bandwidths.pop(0)
 
     def _heads(self) -> Iterator[Any]:
         count = self.plan.spec.layers * self.plan.spec.kv_heads
@@ -279,7 +280,9 @@ def test_limits_are_tighter_for_more_bits() -> None:
     assert LIMITS["fp16"] < LIMITS["bf16"]
 
 
-def test_figures_follow_from_times_and_bytes(runtime: Any, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("slowed", [0, 1])
+def test_figures_follow_from_times_and_bytes(runtime: Any, capsys: pytest.CaptureFixture[str], slowed: int) -> None:
+    runtime.bandwidths[slowed] = 0.7e9  # by a neighbour, before or after the runs: the ceiling is the other one
     result = run_bench("unused", 4, (0, 200), repeat=3)
     plan = runtime.plan
     for test, depth in zip(result["tests"], (0, 200), strict=True):

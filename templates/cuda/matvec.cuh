@@ -39,12 +39,12 @@ template <class P> class MatVec {
   // Before the activation is there: all that does not depend on it, up to this warp's first weights.
   KOGC_DEVICE void begin(Stream<P>& stream, const Work& work, const Where& where) {
     units_ = work.units;
-    unit_ = ALL_EIGHT ? 8 : work.unit;
-    groups_ = work.columns * unit_ / (256 * GROUP);
+    unit_ = work.unit;
+    groups_ = work.columns * unit() / (256 * GROUP);
     // Columns of B that hold nothing get what lies there: they do not mix with the others.
     const int column = lane() >> 2;
-    x_ = P::ACTIVATION_OFFSET + (unit_ == 8 ? 0 : column / 2 % 2 * 64) + (lane() & 3) * 16 + column % 2 * 8;
-    if constexpr (TOKENS > 1) x_ += (unit_ == 8 ? column / 2 : column / 4) % PER_TILE * Pass<P>::ACTIVATION_BYTES;
+    x_ = P::ACTIVATION_OFFSET + (unit() == 8 ? 0 : column / 2 % 2 * 64) + (lane() & 3) * 16 + column % 2 * 8;
+    if constexpr (TOKENS > 1) x_ += (unit() == 8 ? column / 2 : column / 4) % PER_TILE * Pass<P>::ACTIVATION_BYTES;
     free_ = stream.slot;
     taken_ = freed_ = 0;
     full_ = false;
@@ -67,10 +67,10 @@ template <class P> class MatVec {
       sync();
       if (first == 0) multiplied();
       static_assert(P::PARTIAL_UNITS * 8 <= ROWS_TOGETHER * THREADS);
-      if (const int row = ROWS_TOGETHER * thread(); row < count * unit_) {
+      if (const int row = ROWS_TOGETHER * thread(); row < count * unit()) {
         float y[TOKENS][ROWS_TOGETHER];
         KOGC_UNROLL for (int token = 0; token < TOKENS; token++) add_up(token, row, y[token]);
-        result(first * unit_ + row, y);
+        result(first * unit() + row, y);
       }
     }
     if constexpr (!WHOLE_STAGES) if (units_ > 0) finish(stream, where);  // after the results: nobody waits for this
@@ -94,6 +94,8 @@ template <class P> class MatVec {
   struct Weights { Words of[GROUP]; };
   struct Activation { Quad of[TILES][GROUP]; };
   using Sums = float[TILES][CHAINS][4];
+
+  KOGC_DEVICE int unit() const { return ALL_EIGHT ? 8 : unit_; }  // rows of a unit
 
   // Products of this warp's groups of `units` more units, whose first weights are loaded; their partial sums go to shared
   // memory. What a group needs is on its way from shared memory while the group before is multiplied.
@@ -144,11 +146,11 @@ template <class P> class MatVec {
   // The sums of rows `row` .. + 3 of the units multiplied last.
   KOGC_DEVICE void add_up(int token, int row, float (&y)[ROWS_TOGETHER]) const {
     constexpr int BYTES = 32 * TOKENS;  // of a warp
-    const int unit = ALL_EIGHT || unit_ == 8 ? row / 8 : row / 4;
-    const char* from = (const char*)(partial_sums<P>() + unit * (8 * TOKENS * WARPS) + token * 8 + (row & (ALL_EIGHT ? 8 : unit_) - 1));
+    const int of_unit = unit() == 8 ? row / 8 : row / 4;
+    const char* from = (const char*)(partial_sums<P>() + of_unit * (8 * TOKENS * WARPS) + token * 8 + (row & unit() - 1));
     KOGC_UNROLL for (int e = 0; e < ROWS_TOGETHER; e++) y[e] = 0;
-    KOGC_UNROLL for (int w = 0; w < WARPS; w++) add(y, from + w * BYTES, took_part(w, unit));
-    if (!ALL_EIGHT && unit_ == 4) KOGC_UNROLL for (int w = 0; w < WARPS; w++) add(y, from + w * BYTES + 16, took_part(w, unit));
+    KOGC_UNROLL for (int w = 0; w < WARPS; w++) add(y, from + w * BYTES, took_part(w, of_unit));
+    if (unit() == 4) KOGC_UNROLL for (int w = 0; w < WARPS; w++) add(y, from + w * BYTES + 16, took_part(w, of_unit));
   }
   KOGC_DEVICE bool took_part(int warp, int unit) const { return !FEW_GROUPS || ((warp - unit * groups_) & (WARPS - 1)) < groups_; }
 
@@ -176,7 +178,7 @@ template <class P> class MatVec {
   }
 
   KOGC_DEVICE void load_x(Activation& x) {
-    const int fragment = ALL_EIGHT || unit_ == 8 ? 64 : 128;  // bytes of the activation that a fragment meets
+    const int fragment = unit() == 8 ? 64 : 128;  // bytes of the activation that a fragment meets
     const char* from = shared() + x_ + position_ * GROUP * fragment;
     KOGC_UNROLL for (int j = 0; j < TILES; j++) KOGC_UNROLL for (int i = 0; i < GROUP; i++)
       x.of[j][i] = *(const Quad*)(from + j * (PER_TILE * Pass<P>::ACTIVATION_BYTES) + i * fragment);
@@ -204,10 +206,10 @@ template <class P> class MatVec {
   static KOGC_DEVICE float sum(const float (&c)[CHAINS][4]) { return (c[0][0] + c[0][3]) + (c[1][0] + c[1][3]); }
   KOGC_DEVICE void store(const Sums& c, float* sums) const {
     if constexpr (TOKENS == 1) {
-      if ((lane() & 3) == (ALL_EIGHT || unit_ == 8 ? 0 : lane() >> 4)) sums[lane() >> 2] = sum(c[0]);
+      if ((lane() & 3) == (unit() == 8 ? 0 : lane() >> 4)) sums[lane() >> 2] = sum(c[0]);
     } else {
-      const int token = unit_ == 8 ? lane() & 3 : (lane() & 3) / 2;
-      if (token >= PER_TILE || (unit_ == 4 && (lane() & 1) != lane() >> 4)) return;
+      const int token = unit() == 8 ? lane() & 3 : (lane() & 3) / 2;
+      if (token >= PER_TILE || (unit() == 4 && (lane() & 1) != lane() >> 4)) return;
       KOGC_UNROLL for (int j = 0; j < TILES; j++)
         if (j * PER_TILE + token < TOKENS) sums[(j * PER_TILE + token) * 8 + (lane() >> 2)] = sum(c[j]);
     }
