@@ -20,6 +20,7 @@ from .errors import KogcError, UsageError
 from .plan.plan import Plan
 from .plan.samples import COLUMNS
 from .runtime import Request, Runtime
+from .runtime.samples import making_samples
 from .sampling import GREEDY, Sampling
 from .session import load
 from .steady import watch
@@ -164,7 +165,7 @@ def _samples_speed(runtime: Runtime, one: Speed, count: int, repeat: int) -> Spe
     request = Request((plan.spec.bos_token or 0,), start=depth, max_new=n)
     rates = []
     for _ in range(repeat + 1):  # the first launch also pays for loading code
-        made = sum(1 for _ in runtime.samples(request, count))
+        made = sum(1 for _ in making_samples(runtime).samples(request, count))
         if made != n * count:
             raise KogcError(f"the kernel made {made} of {n * count} tokens of {count} samples at depth {depth}")
         rates.append(made / (runtime.last_timing / 1e3))

@@ -19,6 +19,7 @@ from .packing import SlabWeights
 from .plan.plan import CHUNK
 from .reference import KeyValue, Reference
 from .runtime import Request, Result, Runtime
+from .runtime.samples import making_samples
 from .sampling import Sampling
 
 THREADS = 8  # that unpack what is read of a cache
@@ -277,9 +278,10 @@ def _samples(runtime: Runtime, prompt: tuple[int, ...], seed: int, n: int) -> tu
     """Tokens of n samples, drawn, and float32[tokens][n][vocab] logits."""
     request = Request(prompt, max_new=SAMPLE_TOKENS, sampling=Sampling(seed=seed), logits=True)
     tokens: list[list[int]] = [[] for _ in range(n)]
-    for sample, token in runtime.samples(request, n):
+    several = making_samples(runtime)
+    for sample, token in several.samples(request, n):
         tokens[sample].append(token)
-    return tokens, runtime.sample_logits(n, SAMPLE_TOKENS).copy()
+    return tokens, several.sample_logits(n, SAMPLE_TOKENS).copy()
 
 
 def _at_depth(runtime: Runtime, weights: SlabWeights, rng: np.random.Generator, depth: int) -> Depth:

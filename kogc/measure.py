@@ -54,7 +54,7 @@ def read_ceiling(gpu: str, blocks: int) -> float:
 
 
 def _profile(gpu: str) -> GpuProfile:
-    from .runtime.driver import Driver, check_gpu, open_gpu
+    from .runtime.cuda_driver import Driver, check_gpu, open_gpu
     from .targets import detect_profile
 
     profile = detect_profile()[0] if gpu == "auto" else load_profile(gpu)

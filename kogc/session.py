@@ -25,6 +25,7 @@ from .prefix_cache import PrefixCache
 from .runtime import Request, Runtime, open_runtime
 from .runtime.args import STOP_TOKENS, Logprobs
 from .runtime.program import open_program
+from .runtime.samples import making_samples
 from .sampling import GREEDY, SEEDS, Sampling, sampling_from_config
 from .spec import ModelSpec
 from .stop_strings import StopStrings
@@ -421,7 +422,7 @@ class Samples:
     """Several continuations of a prompt in one launch."""
 
     def __init__(self, session: Session, request: Request, stops: list[StopStrings], at_limit: FinishReason) -> None:
-        self._runtime, self._cached, self._request = session._runtime, session._cached, request
+        self._runtime, self._cached, self._request = making_samples(session._runtime), session._cached, request
         self._texts = [Text(session.tokenizer, request.prompt, stop) for stop in stops]
         self._made = [Generation([], "", len(request.prompt), 0.0, at_limit) for _ in stops]
         self._parts: list[list[str]] = [[] for _ in stops]

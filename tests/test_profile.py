@@ -11,7 +11,7 @@ from kogc import measure
 from kogc.errors import KogcError
 from kogc.profile import dump_profile, list_profiles, load_profile, parse_profile
 from kogc.resources import data_dir
-from kogc.runtime.driver import Driver
+from kogc.runtime.cuda_driver import Driver
 
 H200 = (data_dir("gpu_profiles") / "h200-sxm.yaml").read_text(encoding="utf-8")
 

@@ -352,7 +352,7 @@ def set_all(**values: Any) -> Callable[[ToyDriver], None]:
         (set_all(version=12080), "driver supports CUDA 12.8, the binary was made by NVRTC 13.0"),
         (set_all(memory=1 << 20), r"toy with a context of 64 needs 0\.3 GB of GPU memory; 0\.0 of 0\.0 GB are free"),
         (set_all(load=Status.CUDA_ERROR_INVALID_IMAGE), "monokernel.bin: the driver does not load it"),
-        (set_all(occupancy=0), "0 blocks of this kernel fit the GPU, it has 2"),
+        (set_all(occupancy=0), "0 blocks of this kernel fit NVIDIA H200, it has 2"),
     ],
 )  # fmt: skip
 def test_a_gpu_that_does_not_fit_is_refused(

@@ -19,18 +19,15 @@ from ..artifact import Operand
 from ..errors import KogcError
 from ..kv_layout import pack_kv
 from ..plan.plan import CHUNK, Plan
-from ..plan.samples import COLUMNS, own_pages
 from ..sampling import GREEDY, SEEDS, Sampling
 from .args import (
     REPORT_WORDS,
     KernelArgs,
     Logprobs,
-    SampleArgs,
     bias_words,
     kernel_args,
     read_record,
     record_words,
-    sample_args,
 )
 
 LINE = 128  # bytes: the stop word, the report and the ring do not share a cache line
@@ -141,32 +138,12 @@ class HostWords:
         self.ring[:] = -1
 
 
-class SampleWords:
-    """The words of a launch of samples: a stop word each, and a ring of tokens each (-1: not yet written)."""
-
-    def __init__(self, buffer: Any, n: int, ring: int) -> None:
-        words: NDArray[np.int32] = np.frombuffer(buffer, np.int32, self.bytes(n, ring) // 4)
-        self.stop_words = words[:n]
-        self.rings = words[LINE // 4 :].reshape(n, ring)
-        self.stop_words[:] = 0
-        self.rings[:] = -1
-
-    @staticmethod
-    def bytes(n: int, ring: int) -> int:
-        return LINE + 4 * n * ring
-
-    @staticmethod
-    def pointers(base: int) -> dict[str, int]:
-        return {"stop_words": base, "tokens": base + LINE}
-
-
 class Runtime(ABC):
     """A loaded kernel with its operands. Not for concurrent launches: a second one is refused while one runs."""
 
     poll_seconds = 50e-6
     words: HostWords
     kernel: Kernel  # of the next launch
-    _many: SampleWords  # of the last launch of samples
 
     def __init__(self, program: Program) -> None:
         self.program = program
@@ -238,16 +215,6 @@ class Runtime(ABC):
     def _free(self) -> None:
         """Give everything back; called once."""
 
-    def _share_samples(self, n: int, max_new: int) -> tuple[SampleWords, dict[str, int]]:
-        """The words of a launch of n samples, and the addresses of all that only such a launch needs."""
-        raise NotImplementedError
-
-    def _launch_samples(
-        self, args: SampleArgs, prompt: NDArray[np.int32], logits: bool, bias: NDArray[np.int32]
-    ) -> None:
-        """Start a launch of samples, the prompt before its last token first. See _launch for the pointers."""
-        raise NotImplementedError
-
     # -- what all share
 
     def use(self, kernel: Kernel) -> None:
@@ -282,7 +249,7 @@ class Runtime(ABC):
         """A launch under way; in the end it is stopped, if it still runs, and waited for."""
         with self._taken():
             args = self._arguments(request)
-            self._launch(args, _tokens_of(request), request.logits, bias_words(request.sampling))
+            self._launch(args, tokens_of(request), request.logits, bias_words(request.sampling))
             try:
                 yield
             finally:
@@ -321,51 +288,6 @@ class Runtime(ABC):
             records, pointers["records"] = self._share_records(each * count)
             self._records = records[: each * count].reshape(count, each)
         return sampling, pointers
-
-    def samples(self, request: Request, n: int) -> Generator[tuple[int, int], None, None]:
-        """Launch n continuations of a prompt together, and yield (sample, token) as tokens are made.
-
-        Only where the plan has samples, at most 16. Sample i draws with the request's seed + i. `end_sample` ends one
-        of them, closing the iterator all. Logits that are asked for are those of the tokens made: see `sample_logits`.
-        """
-        if self.plan.samples is None or not 1 <= n <= COLUMNS:
-            raise ValueError(f"{n} samples: this kernel makes {COLUMNS if self.plan.samples else 0} at most")
-        with self._taken():
-            self._many, more = self._share_samples(n, request.max_new)
-            sampling, pointers = self._prepared(request, n)
-            start, history = request.start + len(request.prompt) - 1, len(request.history)
-            args = sample_args(
-                pointers | more, n, own_pages(start, request.max_new), request.start, request.max_new, request.stop,
-                sampling, history,
-            )  # fmt: skip
-            args.n_prompt = len(request.prompt)
-            self._launch_samples(args, _tokens_of(request), request.logits, bias_words(sampling))
-            try:
-                yield from self._follow_samples(self._many.rings)
-            finally:
-                self.words.stop_word[0] = 1
-                self._many.stop_words[:] = 1
-                self._wait()
-
-    def end_sample(self, sample: int) -> None:
-        """End one sample of the launch under way, within a token."""
-        self._many.stop_words[sample] = 1
-
-    def sample_logits(self, n: int, max_new: int) -> NDArray[np.float32]:
-        """The logits from which the last launch of n samples chose its tokens: float32[max_new][n][vocab]."""
-        return self._read_logits(max_new * n).reshape(max_new, n, -1)
-
-    def _follow_samples(self, rings: NDArray[np.int32]) -> Iterator[tuple[int, int]]:
-        made = [0] * len(rings)
-        while True:
-            done = self._ended()  # asked before the rings are read: see _follow
-            for sample, ring in enumerate(rings):
-                while made[sample] < len(ring) and (token := int(ring[made[sample]])) >= 0:
-                    made[sample] += 1
-                    yield sample, token
-            if done:
-                return
-            time.sleep(self.poll_seconds)
 
     def logprobs(self, index: int) -> Logprobs:
         """Of token number `index` of the last launch, once that token has come; the request has asked for them."""
@@ -454,7 +376,8 @@ def random_chunks(plan: Plan, count: int) -> NDArray[np.uint8]:
     return pack_kv(plan, plan.target, keys, values)
 
 
-def _tokens_of(request: Request) -> NDArray[np.int32]:
+def tokens_of(request: Request) -> NDArray[np.int32]:
+    """What a launch copies to the device: the history, then the prompt."""
     return np.asarray((*request.history, *request.prompt), np.int32)
 
 

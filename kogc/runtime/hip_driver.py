@@ -1,48 +1,84 @@
-"""The HIP runtime through hip-python with errors as exceptions, and the checks that need no memory."""
+"""HIP, and the checks that need no memory."""
 
 from __future__ import annotations
 
+import ctypes
 from dataclasses import dataclass
 from typing import Any
 
+from numpy.typing import NDArray
+
 from ..errors import KogcError
 from ..plan.plan import Plan
+from .gpu_driver import GpuDriver, Shape
 
 
-class Hip:
-    """The library, initialised. KogcError where there is no binding, no ROCm or no GPU."""
+class Hip(GpuDriver):
+    """HIP through hip-python, initialised. KogcError where there is no binding, no ROCm or no GPU."""
+
+    library, prefix = "HIP", "hip"
 
     def __init__(self) -> None:
+        super().__init__()
         try:
             from hip import hip  # not hip.hip: some versions have it as an attribute, some as a module
         except ImportError as error:
             raise KogcError(f"running on an AMD GPU needs hip-python: pip install 'kogc[hip]' ({error})") from None
-        self.api: Any = hip
+        self.api = hip
+        self.good, self.not_ready = hip.hipError_t.hipSuccess, hip.hipError_t.hipErrorNotReady
         try:
             (status,) = self.api.hipInit(0)
         except RuntimeError:  # the binding found no libamdhip64
             raise KogcError("no ROCm on this machine (libamdhip64.so was not found)") from None
         if status in (self.api.hipError_t.hipErrorNoDevice, self.api.hipError_t.hipErrorInvalidDevice):
             raise KogcError("no AMD GPU on this machine (or HIP_VISIBLE_DEVICES hides it)")
-        if status != self.api.hipError_t.hipSuccess:
+        if status != self.good:
             raise KogcError(f"HIP did not start: {self.name_of(status)}")
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.api, name)
+    def open(self, index: int) -> None:
+        """Take a device for all that follows."""
+        self._index = index
+        self.use()
 
-    def name_of(self, status: Any) -> str:
-        return str(getattr(status, "name", status))
+    def use(self) -> None:
+        self.call("hipSetDevice", self._index)
 
-    def call(self, name: str, *args: Any) -> Any:
-        """Call `name`; returns its one value, a tuple of several, or None. KogcError names the call and its status."""
-        status, *values = getattr(self.api, name)(*args)
-        if status != self.api.hipError_t.hipSuccess:
-            raise KogcError(f"HIP: {name}: {self.name_of(status)}")
-        return values[0] if len(values) == 1 else tuple(values) or None
+    def stream(self) -> Any:
+        return self._keep(self.call("hipStreamCreateWithFlags", self.hipStreamNonBlocking), "hipStreamDestroy")
 
-    def attempt(self, name: str, *args: Any) -> None:
-        """Call `name` while cleaning up: after a kernel died every call fails, and there is nothing left to undo."""
-        getattr(self.api, name)(*args)
+    def event(self) -> Any:
+        return self._keep(self.call("hipEventCreate"), "hipEventDestroy")
+
+    def alloc(self, count: int) -> int:
+        memory = self.call("hipMalloc", count)
+        self._keep(memory, "hipFree", int(memory))
+        return int(memory)
+
+    def share(self, count: int) -> tuple[int, int]:
+        flags = self.hipHostMallocMapped | self.hipHostMallocCoherent
+        memory = self._keep(self.call("hipHostMalloc", count, flags), "hipHostFree")
+        return int(memory), int(self.call("hipHostGetDevicePointer", memory, 0))
+
+    def clear(self, address: int, count: int, stream: Any = None) -> None:
+        if stream is None:
+            self.call("hipMemset", address, 0, count)
+        else:
+            self.call("hipMemsetAsync", address, 0, count, stream)
+
+    def to_device(self, address: int, data: NDArray[Any]) -> None:
+        self.call("hipMemcpy", address, int(data.ctypes.data), data.nbytes, self.hipMemcpyKind.hipMemcpyHostToDevice)
+
+    def to_host(self, out: NDArray[Any], address: int) -> None:
+        self.call("hipMemcpy", int(out.ctypes.data), address, out.nbytes, self.hipMemcpyKind.hipMemcpyDeviceToHost)
+
+    def blocks_of(self, function: Any, threads: int, shared: int) -> int:
+        return int(self.call("hipModuleOccupancyMaxActiveBlocksPerMultiprocessor", function, threads, shared))
+
+    def launch(self, function: Any, shape: Shape, stream: Any, *values: Any, together: bool = True) -> None:
+        # A plain launch does not see to it that all blocks are there at once; the runtime has asked before.
+        blocks, threads, lds = shape
+        how = (blocks, 1, 1, threads, 1, 1, lds, stream)
+        self.call("hipModuleLaunchKernel", function, *how, [ctypes.addressof(v) for v in values], None)
 
 
 @dataclass(frozen=True)

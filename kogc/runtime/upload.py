@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
 from ..errors import KogcError
-from .driver import Driver
+from .cuda_driver import Driver
 
 CHUNK_BYTES = 32 << 20
 READERS = 4  # one thread copies out of the page cache at half of what the bus takes
@@ -30,41 +30,30 @@ class Uploader:
             self._events.append(driver.call("cuEventCreate", driver.CUevent_flags.CU_EVENT_DISABLE_TIMING))
         self._turn = 0
 
-    def copy(self, target: int, data: memoryview) -> None:
-        """Copy host bytes to device address `target`; `data` may be reused at once."""
-
-        def take(into: memoryview, start: int) -> None:
-            into[:] = data[start : start + len(into)]
-
-        self._stage(target, len(data), take)
-
     def copy_file(self, target: int, path: Path, count: int) -> None:
-        """Copy the first `count` bytes of a file. KogcError where it cannot be read or ends early."""
+        """Copy the first `count` bytes of a file to device address `target`.
+
+        KogcError where it cannot be read or ends early.
+        """
         try:
             file = os.open(path, os.O_RDONLY)
         except OSError as error:
             raise KogcError(f"{path}: {error.strerror}") from None
         try:
             with ThreadPoolExecutor(READERS) as pool:
-
-                def read(into: memoryview, start: int) -> None:
-                    part = -(-len(into) // READERS)
-                    starts = range(0, len(into), part)
-                    list(pool.map(lambda s: read_exactly(file, into[s : s + part], start + s, path), starts))
-
-                self._stage(target, count, read)
+                for start in range(0, count, self._chunk):
+                    size = min(self._chunk, count - start)
+                    address, event = self._addresses[self._turn], self._events[self._turn]
+                    self._driver.call("cuEventSynchronize", event)  # until the last copy from this buffer is through
+                    into = memoryview((ctypes.c_ubyte * size).from_address(address)).cast("B")
+                    starts = range(0, size, -(-size // READERS))
+                    parts = [into[a : a + starts.step] for a in starts]
+                    list(pool.map(read_exactly, repeat(file), parts, [start + a for a in starts], repeat(path)))
+                    self._driver.call("cuMemcpyHtoDAsync", target + start, address, size, self._stream)
+                    self._driver.call("cuEventRecord", event, self._stream)
+                    self._turn = 1 - self._turn
         finally:
             os.close(file)
-
-    def _stage(self, target: int, count: int, fill: Callable[[memoryview, int], None]) -> None:
-        for start in range(0, count, self._chunk):
-            size = min(self._chunk, count - start)
-            address, event = self._addresses[self._turn], self._events[self._turn]
-            self._driver.call("cuEventSynchronize", event)  # until the last copy from this buffer is through
-            fill(memoryview((ctypes.c_ubyte * size).from_address(address)).cast("B"), start)
-            self._driver.call("cuMemcpyHtoDAsync", target + start, address, size, self._stream)
-            self._driver.call("cuEventRecord", event, self._stream)
-            self._turn = 1 - self._turn
 
     def finish(self) -> None:
         """Wait for every copy; KogcError if one failed."""

@@ -1,49 +1,96 @@
-"""The CUDA driver API with errors as exceptions, and the checks that need no memory: driver, device, architecture."""
+"""The CUDA driver, and the checks that need no memory: driver, device, architecture."""
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import re
 from dataclasses import dataclass
 from typing import Any
 
+from numpy.typing import NDArray
+
 from ..errors import KogcError
 from ..profile import GpuProfile
+from .gpu_driver import GpuDriver, Shape
 
 
-class Driver:
-    """The driver library, initialised. KogcError where there is no binding, no driver or no GPU."""
+class Driver(GpuDriver):
+    """The CUDA driver, initialised. KogcError where there is no binding, no driver or no GPU."""
+
+    library, prefix = "CUDA", "cu"
 
     def __init__(self) -> None:
+        super().__init__()
         try:
-            self.api: Any = importlib.import_module("cuda.bindings.driver")
+            self.api = importlib.import_module("cuda.bindings.driver")
         except ImportError as error:
             raise KogcError(f"running on a GPU needs cuda-bindings: pip install cuda-bindings ({error})") from None
+        self.good, self.not_ready = self.api.CUresult.CUDA_SUCCESS, self.api.CUresult.CUDA_ERROR_NOT_READY
         try:
             status = self.api.cuInit(0)[0]
         except RuntimeError:  # the binding found no libcuda
             raise KogcError("no NVIDIA driver on this machine (libcuda.so.1 was not found)") from None
         if status == self.api.CUresult.CUDA_ERROR_NO_DEVICE:
             raise KogcError("no NVIDIA GPU on this machine (or CUDA_VISIBLE_DEVICES hides it)")
-        if status != self.api.CUresult.CUDA_SUCCESS:
+        if status != self.good:
             raise KogcError(f"the CUDA driver did not start: {self.name_of(status)}")
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.api, name)
+    def open(self, device: Any) -> None:
+        """Take the primary context of a device, which is shared with other libraries, for all that follows."""
+        self._context = self.call("cuDevicePrimaryCtxRetain", device)
+        self._keep(device, "cuDevicePrimaryCtxRelease")
+        self.use()
 
-    def name_of(self, status: Any) -> str:
-        return str(getattr(status, "name", status))
+    def use(self) -> None:
+        self.call("cuCtxSetCurrent", self._context)
 
-    def call(self, name: str, *args: Any) -> Any:
-        """Call `name`; returns its one value, a tuple of several, or None. KogcError names the call and its status."""
-        status, *values = getattr(self.api, name)(*args)
-        if status != self.api.CUresult.CUDA_SUCCESS:
-            raise KogcError(f"CUDA: {name}: {self.name_of(status)}")
-        return values[0] if len(values) == 1 else tuple(values) or None
+    def stream(self) -> Any:
+        return self._keep(self.call("cuStreamCreate", self.CUstream_flags.CU_STREAM_NON_BLOCKING), "cuStreamDestroy")
 
-    def attempt(self, name: str, *args: Any) -> None:
-        """Call `name` while cleaning up: after a kernel died every call fails, and there is nothing left to undo."""
-        getattr(self.api, name)(*args)
+    def event(self) -> Any:
+        return self._keep(self.call("cuEventCreate", self.CUevent_flags.CU_EVENT_DEFAULT), "cuEventDestroy")
+
+    def alloc(self, count: int) -> int:
+        address = int(self.call("cuMemAlloc", count))
+        self._keep(address, "cuMemFree", address)
+        return address
+
+    def share(self, count: int) -> tuple[int, int]:
+        flags = self.CU_MEMHOSTALLOC_DEVICEMAP | self.CU_MEMHOSTALLOC_PORTABLE
+        address = int(self._keep(self.call("cuMemHostAlloc", count, flags), "cuMemFreeHost"))
+        return address, int(self.call("cuMemHostGetDevicePointer", address, 0))
+
+    def clear(self, address: int, count: int, stream: Any = None) -> None:
+        if stream is None:
+            self.call("cuMemsetD8", address, 0, count)
+        else:
+            self.call("cuMemsetD8Async", address, 0, count, stream)
+
+    def to_device(self, address: int, data: NDArray[Any]) -> None:
+        self.call("cuMemcpyHtoD", address, data.ctypes.data, data.nbytes)
+
+    def to_host(self, out: NDArray[Any], address: int) -> None:
+        self.call("cuMemcpyDtoH", out.ctypes.data, address, out.nbytes)
+
+    def blocks_of(self, function: Any, threads: int, shared: int) -> int:
+        opt_in = self.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+        self.call("cuFuncSetAttribute", function, opt_in, shared)
+        return int(self.call("cuOccupancyMaxActiveBlocksPerMultiprocessor", function, threads, shared))
+
+    def launch(self, function: Any, shape: Shape, stream: Any, *values: Any, together: bool = True) -> None:
+        blocks, threads, shared = shape
+        pointers = (ctypes.c_void_p * len(values))(*[ctypes.addressof(v) for v in values])
+        how = (blocks, 1, 1, threads, 1, 1, shared, stream, ctypes.addressof(pointers))
+        if together:
+            self.call("cuLaunchCooperativeKernel", function, *how)
+        else:
+            self.call("cuLaunchKernel", function, *how, 0)
+
+    def close(self) -> None:
+        if self._made:
+            self.attempt("cuCtxSetCurrent", self._context)
+        super().close()
 
     @property
     def version(self) -> tuple[int, int]:

@@ -1,0 +1,152 @@
+"""Several continuations of a prompt in one launch, on a GPU whose plan has a kernel for them."""
+
+from __future__ import annotations
+
+import ctypes
+import time
+from collections.abc import Generator, Iterator
+from typing import Any, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..errors import KogcError
+from ..plan.samples import COLUMNS, own_pages, page_bytes
+from . import LINE, Program, Request, Runtime, tokens_of
+from .args import SampleArgs, bias_words, sample_args
+from .gpu import SAMPLES, SPARE_BYTES, GpuRuntime
+from .gpu_driver import GpuDriver
+
+
+class SampleWords:
+    """The words of a launch of samples: a stop word each, and a ring of tokens each (-1: not yet written)."""
+
+    def __init__(self, buffer: Any, n: int, ring: int) -> None:
+        words: NDArray[np.int32] = np.frombuffer(buffer, np.int32, self.bytes(n, ring) // 4)
+        self.stop_words = words[:n]
+        self.rings = words[LINE // 4 :].reshape(n, ring)
+        self.stop_words[:] = 0
+        self.rings[:] = -1
+
+    @staticmethod
+    def bytes(n: int, ring: int) -> int:
+        return LINE + 4 * n * ring
+
+    @staticmethod
+    def pointers(base: int) -> dict[str, int]:
+        return {"stop_words": base, "tokens": base + LINE}
+
+
+class SamplesRuntime(GpuRuntime):
+    """See Runtime and GpuRuntime."""
+
+    _many: SampleWords  # of the last launch of samples
+
+    def __init__(self, program: Program, driver: GpuDriver, name: str, units: int) -> None:
+        self._grown: dict[str, tuple[int, int]] = {}  # buffers that are made when they are first needed: address, bytes
+        self._sample_words = (0, 0, 0)  # their address here and on the device, and bytes
+        super().__init__(program, driver, name, units)
+
+    def samples(self, request: Request, n: int) -> Generator[tuple[int, int], None, None]:
+        """Launch n continuations of a prompt together, and yield (sample, token) as tokens are made.
+
+        Only where the plan has samples, at most 16. Sample i draws with the request's seed + i. `end_sample` ends one
+        of them, closing the iterator all. Logits that are asked for are those of the tokens made: see `sample_logits`.
+        """
+        if self.plan.samples is None or not 1 <= n <= COLUMNS:
+            raise ValueError(f"{n} samples: this kernel makes {COLUMNS if self.plan.samples else 0} at most")
+        with self._taken():
+            self._many, more = self._share_samples(n, request.max_new)
+            sampling, pointers = self._prepared(request, n)
+            start, history = request.start + len(request.prompt) - 1, len(request.history)
+            args = sample_args(
+                pointers | more, n, own_pages(start, request.max_new), request.start, request.max_new, request.stop,
+                sampling, history,
+            )  # fmt: skip
+            args.n_prompt = len(request.prompt)
+            self._launch_samples(args, tokens_of(request), request.logits, bias_words(sampling))
+            try:
+                yield from self._follow_samples(self._many.rings)
+            finally:
+                self.words.stop_word[0] = 1
+                self._many.stop_words[:] = 1
+                self._wait()
+
+    def end_sample(self, sample: int) -> None:
+        """End one sample of the launch under way, within a token."""
+        self._many.stop_words[sample] = 1
+
+    def sample_logits(self, n: int, max_new: int) -> NDArray[np.float32]:
+        """The logits from which the last launch of n samples chose its tokens: float32[max_new][n][vocab]."""
+        return self._read_logits(max_new * n).reshape(max_new, n, -1)
+
+    def _follow_samples(self, rings: NDArray[np.int32]) -> Iterator[tuple[int, int]]:
+        made = [0] * len(rings)
+        while True:
+            done = self._ended()  # asked before the rings are read: see _follow
+            for sample, ring in enumerate(rings):
+                while made[sample] < len(ring) and (token := int(ring[made[sample]])) >= 0:
+                    made[sample] += 1
+                    yield sample, token
+            if done:
+                return
+            time.sleep(self.poll_seconds)
+
+    def _share_samples(self, n: int, max_new: int) -> tuple[SampleWords, dict[str, int]]:
+        """The words of a launch of n samples, and the addresses of all that only such a launch needs."""
+        self._driver.use()
+        size = SampleWords.bytes(n, max_new)
+        if size > self._sample_words[2]:
+            self._sample_words = (*self._driver.share(size), size)
+        here, there, _ = self._sample_words
+        words = SampleWords((ctypes.c_char * size).from_address(here), n, max_new)
+        return words, SampleWords.pointers(there)
+
+    def _launch_samples(
+        self, args: SampleArgs, prompt: NDArray[np.int32], logits: bool, bias: NDArray[np.int32]
+    ) -> None:
+        """Start a launch of samples, the prompt before its last token first. See _launch."""
+        driver, plan, cut = self._driver, self.plan, self.plan.samples
+        assert cut
+        driver.use()
+        n = args.n_samples
+        args.pages = self._grow("pages", n * args.n_pages * page_bytes(plan), f"{n} samples of {args.max_new} tokens")
+        args.choices = self._grow("choices", n * cut.choice.bytes, f"{n} samples") if args.choice else 0
+        args.logits_log = self._logits_buffer(args.max_new * n) if logits else 0
+        scratch = self._grow("samples", cut.scratch_bytes, "samples")
+        self._give(args, prompt, bias)
+        driver.clear(scratch, cut.scratch_bytes, self._stream)
+        if args.choice:
+            driver.clear(args.choices, n * cut.choice.bytes, self._stream)
+        driver.record(self._before, self._stream)
+        if args.n_prompt > 1:
+            self._start_passes(args)
+        args.scratch = scratch
+        self._start(SAMPLES, cut.threads, cut.memory_bytes, args)
+        driver.record(self._after, self._stream)
+
+    def _grow(self, name: str, count: int, what: str) -> int:
+        """A buffer of at least so many bytes, zero where nothing was ever written. KogcError where memory is short."""
+        address, size = self._grown.get(name, (0, 0))
+        if size >= count:
+            return address
+        free, total = self._driver.memory()
+        if count - size + SPARE_BYTES > free:
+            have = f"{free / 1e9:.1f} of {total / 1e9:.1f} GB are free"
+            raise KogcError(
+                f"{what} need {count / 1e9:.1f} GB of GPU memory more; {have}: ask for fewer, or shorter ones"
+            )
+        if address:
+            del self._grown[name]
+            self._driver.free(address)
+        address = self._driver.alloc(count)
+        self._grown[name] = address, count
+        self._driver.clear(address, count)
+        return address
+
+
+def making_samples(runtime: Runtime) -> SamplesRuntime:
+    """The runtime as one that makes samples together. ValueError where its plan has no kernel for them."""
+    if runtime.plan.samples is None:
+        raise ValueError(f"{runtime.plan.spec.name} on {runtime.plan.profile.name} makes samples one after the other")
+    return cast(SamplesRuntime, runtime)
