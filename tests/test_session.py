@@ -90,6 +90,12 @@ def test_generates_what_the_kernel_makes(toy: Session) -> None:
     assert made.seconds > 0
 
 
+def test_all_of_a_prompt_but_its_last_token_goes_through_passes(machine: Machine, toy: Session) -> None:
+    toy.generate([5, 6, 7], max_new_tokens=2, stop=())
+    launch = machine.kernel.launches[-1]
+    assert (launch.prompt, launch.in_passes) == ([5, 6, 7], 2)
+
+
 def test_a_second_generation_starts_afresh(toy: Session) -> None:
     first = toy.generate([5, 6], 8, stop=())
     toy.generate([9], 20, stop=())
