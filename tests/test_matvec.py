@@ -169,7 +169,7 @@ def test_the_cases_have_units_of_both_kinds() -> None:
 @pytest.mark.parametrize(
     "bug",
     [
-        ("x_ += (unit_ == 8 ? column / 2 : column / 4) % PER_TILE * Pass<P>::ACTIVATION_BYTES;", ""),
+        ("x_ += (unit() == 8 ? column / 2 : column / 4) % PER_TILE * Pass<P>::ACTIVATION_BYTES;", ""),
         ("from + j * (PER_TILE * Pass<P>::ACTIVATION_BYTES)", "from"),
         ("if (j * PER_TILE + token < TOKENS) sums", "sums"),
         ("add_up(token, row, y[token])", "add_up(0, row, y[token])"),
