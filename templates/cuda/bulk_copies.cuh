@@ -17,8 +17,10 @@ KOGC_DEVICE bool barrier_passed(Barrier* b, u32 parity) {
                : "=r"(ok) : "r"(shared_address(b)), "r"(parity) : "memory");
   return ok;
 }
+// To `shared::cta`: where `shared::cluster` might be another block's memory, the compiler for sm_120 calls a function that
+// copies there, and with a call in it believes no loop of the producer.
 KOGC_DEVICE void start_copy(void* to, const void* from, int bytes, Barrier* b, CachePolicy policy) {
-  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;"
+  asm volatile("cp.async.bulk.shared::cta.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;"
                ::"r"(shared_address(to)), "l"(from), "r"(bytes), "r"(shared_address(b)), "l"(policy) : "memory");
 }
 // Copies that the whole producer warp shares: lane i takes piece i, of `count`, from its own `from`.

@@ -52,8 +52,9 @@ KOGC_DEVICE void sync_block() { __syncthreads(); }
 KOGC_DEVICE void sync_warp() { __syncwarp(); }
 template <class T> KOGC_DEVICE T shuffle_xor(T v, int mask) { return __shfl_xor_sync(~0u, v, mask); }
 template <class T> KOGC_DEVICE T shuffle_from(T v, int source) { return __shfl_sync(~0u, v, source); }
-// What all lanes of a warp have alike: said so, the compiler needs no care for lanes that part and meet again.
-KOGC_DEVICE int scalar(int v) { return shuffle_from(v, 0); }
+// What all lanes of a warp have alike: said so, the compiler needs no care for lanes that part and meet again. Before Hopper
+// it does not believe a shuffle from one lane that stands in a loop, and then no loop around it either; a reduction it does.
+KOGC_DEVICE int scalar(int v) { return __CUDA_ARCH__ < 900 ? (int)__reduce_or_sync(~0u, (u32)v) : shuffle_from(v, 0); }
 KOGC_DEVICE bool all_lanes(bool v) { return __all_sync(~0u, v); }
 
 // Two additions of 32 bits and the carry between them: one of 64 bits would be a loop of compare and swap.
