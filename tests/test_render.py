@@ -56,10 +56,12 @@ def test_the_source_names_nothing_of_this_machine(profile: str) -> None:
 
 
 # Opcodes of SASS that a kernel must have, and must not have: products, copies into shared memory, prefetches into L2.
-BULK = (("UBLKCP", "UBLKPF", "HMMA"), ("LDGSTS", "CCTL.E.PF2"))
-# What the compiler writes where lanes of a warp may part: 20 to 30 ns each, in code that every layer runs through.
+# A copy that may go to another block's memory is, on sm_120a, a call of what the driver links in (CALL.ABS).
+BULK = (("UBLKCP", "UBLKPF", "HMMA"), ("LDGSTS", "CCTL.E.PF2", "CALL.ABS"))
+ASYNC = (("LDGSTS", "ARRIVES.LDGSTSBAR", "CCTL.E.PF2", "HMMA"), ("UBLKCP", "UBLKPF", "CALL.ABS"))
+# What the compiler writes where lanes of a warp may part: on an H200 20 to 30 ns each, in code that every layer runs through.
 WARPS_PART = re.compile(r"\b(?:YIELD|BRA\.DIV)\b")
-ASYNC = (("LDGSTS", "ARRIVES.LDGSTSBAR", "CCTL.E.PF2", "HMMA"), ("UBLKCP", "UBLKPF"))
+BLACKWELL = re.compile(r"sm_1\d\da")  # there the warps that copy samples' weights have some
 
 
 @pytest.mark.parametrize(
@@ -102,9 +104,11 @@ def test_cuda_sources_compile_to_what_the_architecture_can(
     present, absent = BULK if plan.profile.bulk_copies else ASYNC
     assert [opcode for opcode in present if opcode not in code] == []
     assert [opcode for opcode in absent if opcode in code] == []
-    if plan.profile.arch == "sm_90a":  # where it was measured
-        for symbol in ("kogc_generate", "kogc_prompt", "kogc_samples"):
-            assert not WARPS_PART.findall(body(code, symbol)), f"{symbol}: a warp may not go as one"
+    as_one = ["kogc_generate", "kogc_prompt", "kogc_samples"]
+    if BLACKWELL.fullmatch(plan.profile.arch):
+        as_one.remove("kogc_samples")
+    for symbol in as_one:
+        assert not WARPS_PART.findall(body(code, symbol)), f"{symbol}: a warp may not go as one"
 
 
 def body(code: str, symbol: str) -> str:
