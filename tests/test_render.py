@@ -59,7 +59,7 @@ def test_the_source_names_nothing_of_this_machine(profile: str) -> None:
 # A copy that may go to another block's memory is, on sm_120a, a call of what the driver links in (CALL.ABS).
 BULK = (("UBLKCP", "UBLKPF", "HMMA"), ("LDGSTS", "CCTL.E.PF2", "CALL.ABS"))
 ASYNC = (("LDGSTS", "ARRIVES.LDGSTSBAR", "CCTL.E.PF2", "HMMA"), ("UBLKCP", "UBLKPF", "CALL.ABS"))
-# What the compiler writes where lanes of a warp may part: on an H200 20 to 30 ns each, in code that every layer runs through.
+# What the compiler writes where lanes of a warp may part: 20 to 30 ns each on an H200, in code that layers run through.
 WARPS_PART = re.compile(r"\b(?:YIELD|BRA\.DIV)\b")
 BLACKWELL = re.compile(r"sm_1\d\da")  # there the warps that copy samples' weights have some
 

@@ -53,14 +53,14 @@ KOGC_DEVICE void sync_warp() { __syncwarp(); }
 template <class T> KOGC_DEVICE T shuffle_xor(T v, int mask) { return __shfl_xor_sync(~0u, v, mask); }
 // What one lane has, on all. Before Hopper by a reduction: of a shuffle in a loop the compiler may not believe there that all
 // lanes get the same, and then it believes no loop of the kernel.
-KOGC_DEVICE u32 shuffle_from(u32 v, int source) {
-  return __CUDA_ARCH__ < 900 ? __reduce_or_sync(~0u, lane() == source ? v : 0) : __shfl_sync(~0u, v, source);
-}
-KOGC_DEVICE u64 shuffle_from(u64 v, int source) {
-  return (u64)shuffle_from((u32)(v >> 32), source) << 32 | shuffle_from((u32)v, source);
+template <class T> KOGC_DEVICE T shuffle_from(T v, int source) {
+  static_assert(T(1) / 2 == 0, "whole numbers: their bits are what the reduction takes");
+  if constexpr (__CUDA_ARCH__ >= 900) return __shfl_sync(~0u, v, source);
+  else if constexpr (sizeof v == 8) return (u64)shuffle_from((u32)(v >> 32), source) << 32 | shuffle_from((u32)v, source);
+  else return __reduce_or_sync(~0u, lane() == source ? (u32)v : 0);
 }
 // What all lanes of a warp have alike: said so, the compiler needs no care for lanes that part and meet again.
-KOGC_DEVICE int scalar(int v) { return (int)shuffle_from((u32)v, 0); }
+KOGC_DEVICE int scalar(int v) { return shuffle_from(v, 0); }
 KOGC_DEVICE bool all_lanes(bool v) { return __all_sync(~0u, v); }
 
 // Two additions of 32 bits and the carry between them: one of 64 bits would be a loop of compare and swap.
