@@ -74,7 +74,7 @@ BLACKWELL = re.compile(r"sm_1\d\da")  # there the warps that copy samples' weigh
         ("laneformer-2b", "h200-sxm", {}),
         ("mistral-7b-v0.3", "h100-sxm", {"sliding_window": 4096}),
         ("llama-3.1-8b", "h200-sxm", {}),
-        ("llama-3.2-3b", "h200-sxm", {}),
+        ("llama-3.2-3b", "h200-sxm", {"max_context": 4864}),  # chunks that are no power of two: another multiplication
         ("qwen3-4b", "h200-sxm", {}),
         ("qwen3-8b", "h200-sxm", {}),
         ("smollm2-135m", "h200-sxm", {}),

@@ -46,7 +46,7 @@ template <class P> class SampleAttention {
   static KOGC_DEVICE int column() { return (lane() & 3) * 2; }
 
   KOGC_DEVICE u8* own_page(int chunk) const {
-    const u64 head = (u64)layer_ * P::KV_HEADS + kv_head_;
+    const u64 head = (u64)opaque(layer_) * P::KV_HEADS + kv_head_;  // opaque: not kept in registers from tile to tile
     return args_.pages + ((head * args_.n_samples + sample_) * args_.n_pages + chunk - args_.start / CHUNK) * P::CHUNK_BYTES;
   }
 
