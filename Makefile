@@ -34,7 +34,7 @@ lint: $(VENV)/.test
 golden: $(VENV)/.installed
 	$(BIN)/python tests/golden.py
 
-# Compiles every shipped model for every GPU profile (ten minutes for CUDA, a few for HIP) and writes docs/targets.md.
+# Compiles every shipped model for every GPU profile (a quarter of an hour on two cores) and writes docs/targets.md.
 matrix: $(VENV)/.installed
 	PYTHONPATH=. $(BIN)/python tests/matrix.py
 
