@@ -7,6 +7,8 @@ from toy_kernel import continuation
 from toy_session import CONTEXT, VOCAB, Letters, Machine
 
 from kogc.errors import KogcError
+from kogc.runtime import Request
+from kogc.runtime.samples import making_samples
 from kogc.sampling import Sampling
 from kogc.session import Session
 
@@ -22,6 +24,18 @@ def test_each_is_a_continuation_of_the_prompt(toy: Session, machine: Machine) ->
     assert {(one.finish_reason, one.prompt_tokens) for one in made} == {("length", 3)}
     assert len({one.seconds for one in made}) == 1
     assert len(machine.kernel.launches) == (1 if machine.target == "cuda" else 3)
+
+
+def test_a_runtime_says_how_many_it_makes_together(machine: Machine, toy: Session) -> None:
+    request = Request((5, 6), max_new=2)
+    if machine.target == "cpu":
+        with pytest.raises(ValueError, match="toy on cpu-avx2 makes samples one after the other"):
+            making_samples(toy.runtime)
+        return
+    for count in (0, 17):
+        with pytest.raises(ValueError, match=f"{count} samples: a kernel makes 1 to 16"):
+            list(making_samples(toy.runtime).samples(request, count))
+    assert not machine.kernel.launches
 
 
 def test_samples_draw_with_seeds_that_follow_one_another(toy: Session, machine: Machine) -> None:

@@ -20,15 +20,7 @@ from ..errors import KogcError
 from ..kv_layout import pack_kv
 from ..plan.plan import CHUNK, Plan
 from ..sampling import GREEDY, SEEDS, Sampling
-from .args import (
-    REPORT_WORDS,
-    KernelArgs,
-    Logprobs,
-    bias_words,
-    kernel_args,
-    read_record,
-    record_words,
-)
+from .args import REPORT_WORDS, KernelArgs, Logprobs, bias_words, kernel_args, read_record, record_words
 
 LINE = 128  # bytes: the stop word, the report and the ring do not share a cache line
 ALIGN = 4096  # of every operand in the weights file and in memory

@@ -97,7 +97,8 @@ class GpuRuntime(Runtime):
         fit = self._driver.blocks_of(function, threads, shared) * self._units
         if fit < plan.blocks:
             room = f"{fit} blocks of this kernel fit {self._gpu_name}, it has {plan.blocks}"
-            raise KogcError(f"{name}: {room}; rebuild with --blocks {fit} or fewer" if fit else f"{name}: {room}")
+            advice = f"rebuild with --blocks {fit} or fewer" if fit else "rebuild the artifact"
+            raise KogcError(f"{name}: {room}; {advice}")
 
     def _allocate(self) -> None:
         driver, plan, rope = self._driver, self.plan, np.ascontiguousarray(self.program.rope, np.float32)

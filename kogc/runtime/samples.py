@@ -12,10 +12,9 @@ from numpy.typing import NDArray
 
 from ..errors import KogcError
 from ..plan.samples import COLUMNS, own_pages, page_bytes
-from . import LINE, Program, Request, Runtime, tokens_of
+from . import LINE, Request, Runtime, tokens_of
 from .args import SampleArgs, bias_words, sample_args
 from .gpu import SAMPLES, SPARE_BYTES, GpuRuntime
-from .gpu_driver import GpuDriver
 
 
 class SampleWords:
@@ -38,23 +37,23 @@ class SampleWords:
 
 
 class SamplesRuntime(GpuRuntime):
-    """See Runtime and GpuRuntime."""
+    """See GpuRuntime. Made also for a plan without such a kernel: ask `making_samples`."""
 
     _many: SampleWords  # of the last launch of samples
 
-    def __init__(self, program: Program, driver: GpuDriver, name: str, units: int) -> None:
+    def _allocate(self) -> None:
+        super()._allocate()
         self._grown: dict[str, tuple[int, int]] = {}  # buffers that are made when they are first needed: address, bytes
         self._sample_words = (0, 0, 0)  # their address here and on the device, and bytes
-        super().__init__(program, driver, name, units)
 
     def samples(self, request: Request, n: int) -> Generator[tuple[int, int], None, None]:
         """Launch n continuations of a prompt together, and yield (sample, token) as tokens are made.
 
-        Only where the plan has samples, at most 16. Sample i draws with the request's seed + i. `end_sample` ends one
+        1 to 16, or ValueError. Sample i draws with the request's seed + i. `end_sample` ends one
         of them, closing the iterator all. Logits that are asked for are those of the tokens made: see `sample_logits`.
         """
-        if self.plan.samples is None or not 1 <= n <= COLUMNS:
-            raise ValueError(f"{n} samples: this kernel makes {COLUMNS if self.plan.samples else 0} at most")
+        if not 1 <= n <= COLUMNS:
+            raise ValueError(f"{n} samples: a kernel makes 1 to {COLUMNS} together")
         with self._taken():
             self._many, more = self._share_samples(n, request.max_new)
             sampling, pointers = self._prepared(request, n)

@@ -29,7 +29,7 @@ KOGC_DEVICE void start_copy(void* to, const void* from, int bytes, Barrier* b, C
 constexpr int PIECE_COPIERS = LANES;  // arrivals of expect_pieces() and end_pieces() together
 KOGC_DEVICE void expect_pieces(Barrier*, int) {}
 KOGC_DEVICE void copy_pieces(int count, char* to, int stride, const u8* from, int bytes, Barrier* b, CachePolicy policy) {
-  count = scalar(count);
+  count = scalar(count);  // else lanes might part in a loop that broadcasts
   for (int i = 0; i < count && i < LANES; i++) {
     const u8* piece = (const u8*)shuffle_from((u64)from, i);
     for (int at = lane() * 16; at < bytes; at += LANES * 16) copy_16(shared_address(to + i * stride) + at, piece + at, policy);
