@@ -15,7 +15,7 @@ WAIT_HIDDEN = 6  # site of a stall report
 BUGS = {
     "a stage used before it has arrived": (
         "cuda/matvec.cuh",
-        "if (taken_ == 0 && !full_) wait_full<P>(stream, where);",
+        "if (!all_lanes(taken_ != 0 || full_)) wait_full<P>(stream, where);",
         "",
     ),
     "a stage overwritten while it is read": ("cuda/stream.cuh", "if (!wait_empty(next)) return false;", ""),

@@ -5,26 +5,18 @@
 // (lane % 4) * 8 .. + 7 of a fragment, and its four registers are a lane's A operand as they are: columns 0, 1, 4, 5 of the
 // eight in A's row lane / 4, columns 2, 3, 6, 7 in A's row lane / 4 + 8. B's column 0 holds the activation for the first
 // kind, column 1 for the second, so a row's product is C[row][0] + C[row + 8][1]. In units of 4 rows a fragment's upper
-// four rows are the same rows for the next 32 columns, and B's columns 2 and 3 hold the activation for those.
-//
-// The other columns of B are free: P::TOKENS activations go through one reading of the weights, four to an mma, or two
-// where some phase has units of 4 rows.
+// four rows are the same rows for the next 32 columns, and B's columns 2 and 3 hold the activation for those. The other
+// columns of B are of no use to one token.
 //
 // One instance serves all phases; what differs between them is in a few registers.
 #pragma once
 
 namespace kogc {
 
-// What a pass of several tokens asks of shared memory.
-template <class P> struct Pass {
-  static constexpr int QKV_OR_O = P::Qkv::COLUMNS_PADDED > P::O::COLUMNS_PADDED ? P::Qkv::COLUMNS_PADDED : P::O::COLUMNS_PADDED;
-  static constexpr int FFN = P::GateUp::COLUMNS_PADDED > P::Down::COLUMNS_PADDED ? P::GateUp::COLUMNS_PADDED : P::Down::COLUMNS_PADDED;
-  static constexpr int ACTIVATION_BYTES = 2 * (QKV_OR_O > FFN ? QKV_OR_O : FFN);  // of a token; the head's are as QKV's
-};
-
 template <class P> KOGC_DEVICE float* partial_sums() { return (float*)(shared() + P::PARTIAL_OFFSET); }
-template <class P> KOGC_DEVICE u16* activation(int token = 0) {
-  return (u16*)(shared() + P::ACTIVATION_OFFSET + token * Pass<P>::ACTIVATION_BYTES);
+template <class P> KOGC_DEVICE u16* activation(int = 0) {
+  static_assert(P::TOKENS == 1);
+  return (u16*)(shared() + P::ACTIVATION_OFFSET);
 }
 
 // Four columns of the activation, from column 4 * `vector` on. Of eight columns, 0, 1, 4, 5 lie before 2, 3, 6, 7.
@@ -38,13 +30,13 @@ template <class P> class MatVec {
  public:
   // Before the activation is there: all that does not depend on it, up to this warp's first weights.
   KOGC_DEVICE void begin(Stream<P>& stream, const Work& work, const Where& where) {
-    units_ = work.units;
-    unit_ = work.unit;
-    groups_ = work.columns * unit() / (256 * GROUP);
+    units_ = scalar(work.units);
+    unit_ = scalar(work.unit);
+    groups_ = scalar(work.columns) * unit() / (256 * GROUP);
     // Columns of B that hold nothing get what lies there: they do not mix with the others.
     const int column = lane() >> 2;
     x_ = P::ACTIVATION_OFFSET + (unit() == 8 ? 0 : column / 2 % 2 * 64) + (lane() & 3) * 16 + column % 2 * 8;
-    if constexpr (TOKENS > 1) x_ += (unit() == 8 ? column / 2 : column / 4) % PER_TILE * Pass<P>::ACTIVATION_BYTES;
+    weights_ = (warp_ * GROUP * 32 + lane()) * 16;
     free_ = stream.slot;
     taken_ = freed_ = 0;
     full_ = false;
@@ -53,7 +45,7 @@ template <class P> class MatVec {
   }
 
   // y = W x for this block's rows. `multiplied()` runs on every thread, between the products and the first result;
-  // `result(i, y)` gets the block's rows i .. i + 3 of each token.
+  // `result(i, y)` gets the block's rows i .. i + 3.
   template <class Multiplied, class Result>
   KOGC_DEVICE void run(Stream<P>& stream, const Where& where, Multiplied multiplied, Result result) {
 #pragma unroll 1
@@ -68,8 +60,8 @@ template <class P> class MatVec {
       if (first == 0) multiplied();
       static_assert(P::PARTIAL_UNITS * 8 <= ROWS_TOGETHER * THREADS);
       if (const int row = ROWS_TOGETHER * thread(); row < count * unit()) {
-        float y[TOKENS][ROWS_TOGETHER];
-        KOGC_UNROLL for (int token = 0; token < TOKENS; token++) add_up(token, row, y[token]);
+        float y[1][ROWS_TOGETHER];
+        add_up(row, y[0]);
         result(first * unit() + row, y);
       }
     }
@@ -77,9 +69,7 @@ template <class P> class MatVec {
   }
 
  private:
-  static constexpr int TOKENS = P::TOKENS;
   static constexpr bool ALL_EIGHT = P::Qkv::UNIT == 8 && P::O::UNIT == 8 && P::GateUp::UNIT == 8 && P::Down::UNIT == 8 && P::Head::UNIT == 8;
-  static constexpr int PER_TILE = ALL_EIGHT ? 4 : 2, TILES = (TOKENS + PER_TILE - 1) / PER_TILE;  // tokens of an mma
   static constexpr int GROUP = P::GROUP_FRAGMENTS;
   static constexpr int STAGE_GROUPS = P::STAGE_BYTES / (512 * GROUP * WARPS);  // groups of one warp in a stage
   static constexpr int CHAINS = 2;                                            // of dependent products
@@ -92,40 +82,60 @@ template <class P> class MatVec {
   static constexpr bool WHOLE_STAGES =
       WHOLE<typename P::Qkv> && WHOLE<typename P::O> && WHOLE<typename P::GateUp> && WHOLE<typename P::Down> && WHOLE<typename P::Head>;
   struct Weights { Words of[GROUP]; };
-  struct Activation { Quad of[TILES][GROUP]; };
-  using Sums = float[TILES][CHAINS][4];
+  struct Activation {
+    Quad of[GROUP];
+    int ends;  // units that this warp is done with after this group: none, one, or more where it takes no part in some
+  };
+  struct Products {  // of a group
+    float of[CHAINS][4];
+    int ends;
+  };
+  static constexpr int SUM_BYTES = 32, UNIT_BYTES = SUM_BYTES * WARPS;  // of a warp's sums of a unit, and of all warps'
 
   KOGC_DEVICE int unit() const { return ALL_EIGHT ? 8 : unit_; }  // rows of a unit
 
-  // Products of this warp's groups of `units` more units, whose first weights are loaded; their partial sums go to shared
-  // memory. What a group needs is on its way from shared memory while the group before is multiplied.
+  // Products of this warp's groups of `units` more units, whose first weights are loaded; their sums go to shared memory.
+  // What a group needs is on its way from shared memory while the group before is multiplied, and a group's products are
+  // added up while the next group's are made: a warp waits for neither.
   KOGC_DEVICE void multiply(int units, Stream<P>& stream, const Where& where) {
     int left = (units * groups_ - warp_ + WARPS - 1) / WARPS;
     if (left <= 0) return;
-    Sums c = {};
-    float* sums = partial_sums<P>() + warp_ * (8 * TOKENS);
-    int at = warp_;
-    while (FEW_GROUPS && at >= groups_) next_unit(at, sums);
-    position_ = at;
+    float sum = 0;  // of this warp's groups of a unit, for one row a lane
+    int to = P::PARTIAL_OFFSET + warp_ * SUM_BYTES;
+    next_ = warp_;
+    while (FEW_GROUPS && next_ >= groups_) {
+      next_ -= groups_;
+      to += UNIT_BYTES;
+    }
     Weights &even = first_, odd;
     Activation x, next;
+    Products one, other = {};
     load_x(x);
 #pragma unroll 1
     while (left > 2) {
       load_weights(odd, stream, where);
       load_x(next);
-      multiply(c, even, x, sums, at);
+      multiply(one, even, x);
+      add(sum, other, to);
       load_weights(even, stream, where);
       load_x(x);
-      multiply(c, odd, next, sums, at);
+      multiply(other, odd, next);
+      add(sum, one, to);
       left -= 2;
     }
-    if (left == 2) {
+    if (left == 2) {  // each way in one piece, so that nothing of it waits for a product before the next is begun
       load_weights(odd, stream, where);
       load_x(next);
+      multiply(one, even, x);
+      add(sum, other, to);
+      multiply(other, odd, next);
+      add(sum, one, to);
+      add(sum, other, to);
+    } else {
+      multiply(one, even, x);
+      add(sum, other, to);
+      add(sum, one, to);
     }
-    multiply(c, even, x, sums, at);
-    if (left == 2) multiply(c, odd, next, sums, at);
   }
 
   // The last stage of a phase may hold fewer groups than warps times groups: give it back all the same.
@@ -144,13 +154,12 @@ template <class P> class MatVec {
   }
 
   // The sums of rows `row` .. + 3 of the units multiplied last.
-  KOGC_DEVICE void add_up(int token, int row, float (&y)[ROWS_TOGETHER]) const {
-    constexpr int BYTES = 32 * TOKENS;  // of a warp
+  KOGC_DEVICE void add_up(int row, float (&y)[ROWS_TOGETHER]) const {
     const int of_unit = unit() == 8 ? row / 8 : row / 4;
-    const char* from = (const char*)(partial_sums<P>() + of_unit * (8 * TOKENS * WARPS) + token * 8 + (row & unit() - 1));
+    const char* from = (const char*)(partial_sums<P>() + of_unit * (8 * WARPS) + (row & unit() - 1));
     KOGC_UNROLL for (int e = 0; e < ROWS_TOGETHER; e++) y[e] = 0;
-    KOGC_UNROLL for (int w = 0; w < WARPS; w++) add(y, from + w * BYTES, took_part(w, of_unit));
-    if (unit() == 4) KOGC_UNROLL for (int w = 0; w < WARPS; w++) add(y, from + w * BYTES + 16, took_part(w, of_unit));
+    KOGC_UNROLL for (int w = 0; w < WARPS; w++) add(y, from + w * SUM_BYTES, took_part(w, of_unit));
+    if (unit() == 4) KOGC_UNROLL for (int w = 0; w < WARPS; w++) add(y, from + w * SUM_BYTES + 16, took_part(w, of_unit));
   }
   KOGC_DEVICE bool took_part(int warp, int unit) const { return !FEW_GROUPS || ((warp - unit * groups_) & (WARPS - 1)) < groups_; }
 
@@ -161,14 +170,10 @@ template <class P> class MatVec {
     y[2] += holds ? as_float(w.z) : 0;
     y[3] += holds ? as_float(w.w) : 0;
   }
-  KOGC_DEVICE void next_unit(int& position, float*& sums) const {
-    position -= groups_;
-    sums += WARPS * 8 * TOKENS;
-  }
 
   KOGC_DEVICE void load_weights(Weights& w, Stream<P>& stream, const Where& where) {
-    if (taken_ == 0 && !full_) wait_full<P>(stream, where);
-    const char* from = Ring<P>::stage(stream.slot) + ((taken_ * WARPS + warp_) * GROUP * 32 + lane()) * 16;
+    if (!all_lanes(taken_ != 0 || full_)) wait_full<P>(stream, where);
+    const char* from = Ring<P>::stage(stream.slot) + taken_ * (WARPS * GROUP * 512) + weights_;
     KOGC_UNROLL for (int i = 0; i < GROUP; i++) w.of[i] = *(const Words*)(from + i * 512);
     if (++taken_ == STAGE_GROUPS) {
       stream.advance();
@@ -179,40 +184,35 @@ template <class P> class MatVec {
 
   KOGC_DEVICE void load_x(Activation& x) {
     const int fragment = unit() == 8 ? 64 : 128;  // bytes of the activation that a fragment meets
-    const char* from = shared() + x_ + position_ * GROUP * fragment;
-    KOGC_UNROLL for (int j = 0; j < TILES; j++) KOGC_UNROLL for (int i = 0; i < GROUP; i++)
-      x.of[j][i] = *(const Quad*)(from + j * (PER_TILE * Pass<P>::ACTIVATION_BYTES) + i * fragment);
-    position_ += WARPS;
-    if (position_ >= groups_) position_ -= groups_;
-    while (FEW_GROUPS && position_ >= groups_) position_ -= groups_;
+    const char* from = shared() + x_ + next_ * GROUP * fragment;
+    KOGC_UNROLL for (int i = 0; i < GROUP; i++) x.of[i] = *(const Quad*)(from + i * fragment);
+    next_ += WARPS;
+    x.ends = next_ >= groups_;
+    if (x.ends) next_ -= groups_;
+    while (FEW_GROUPS && next_ >= groups_) {
+      next_ -= groups_;
+      x.ends++;
+    }
   }
 
-  // Multiplies a group, gives its stage back when it was this warp's last there, and stores the sums at a unit's end.
-  KOGC_DEVICE void multiply(Sums& c, const Weights& weights, const Activation& x, float*& sums, int& position) {
+  // Multiplies a group, and gives its stage back when it was this warp's last there.
+  KOGC_DEVICE void multiply(Products& c, const Weights& weights, const Activation& x) {
+    c = {};
     KOGC_UNROLL for (int i = 0; i < GROUP; i++) {
       const Words& w = weights.of[i];
-      KOGC_UNROLL for (int j = 0; j < TILES; j++) mma<P::FP16>(c[j][i % CHAINS], w.x, w.y, w.z, w.w, x.of[j][i].low, x.of[j][i].high);
+      mma<P::FP16>(c.of[i % CHAINS], w.x, w.y, w.z, w.w, x.of[i].low, x.of[i].high);
     }
+    c.ends = x.ends;
     release(STAGE_GROUPS);
-    position += WARPS;
-    if (position < groups_) return;
-    store(c, sums);
-    next_unit(position, sums);
-    while (FEW_GROUPS && position >= groups_) next_unit(position, sums);
-    KOGC_UNROLL for (int j = 0; j < TILES; j++) KOGC_UNROLL for (int i = 0; i < CHAINS; i++) KOGC_UNROLL for (int e = 0; e < 4; e++) c[j][i][e] = 0;
   }
 
-  // C's columns belong to tokens as B's do, two to a lane; in units of 4 rows the lower four rows of C need its even lanes.
-  static KOGC_DEVICE float sum(const float (&c)[CHAINS][4]) { return (c[0][0] + c[0][3]) + (c[1][0] + c[1][3]); }
-  KOGC_DEVICE void store(const Sums& c, float* sums) const {
-    if constexpr (TOKENS == 1) {
-      if ((lane() & 3) == (unit() == 8 ? 0 : lane() >> 4)) sums[lane() >> 2] = sum(c[0]);
-    } else {
-      const int token = unit() == 8 ? lane() & 3 : (lane() & 3) / 2;
-      if (token >= PER_TILE || (unit() == 4 && (lane() & 1) != lane() >> 4)) return;
-      KOGC_UNROLL for (int j = 0; j < TILES; j++)
-        if (j * PER_TILE + token < TOKENS) sums[(j * PER_TILE + token) * 8 + (lane() >> 2)] = sum(c[j]);
-    }
+  // Adds a group's products up, and stores the sum at a unit's end: without a branch, which costs more than all of this. In
+  // units of 4 rows the lower four rows of C need its columns 2 and 3.
+  KOGC_DEVICE void add(float& sum, const Products& c, int& to) const {
+    sum += (c.of[0][0] + c.of[0][3]) + (c.of[1][0] + c.of[1][3]);
+    if (c.ends && (lane() & 3) == (unit() == 8 ? 0 : lane() >> 4)) ((float*)(shared() + to))[lane() >> 2] = sum;
+    sum = c.ends ? 0 : sum;
+    to += FEW_GROUPS ? c.ends * UNIT_BYTES : c.ends ? UNIT_BYTES : 0;
   }
 
   // One more group of the oldest stage is read; when it was the last of `groups`, this warp gives the stage back.
@@ -228,7 +228,8 @@ template <class P> class MatVec {
   int free_ = 0;                // slot of the oldest stage not given back
   int taken_ = 0, freed_ = 0;   // this warp's groups of the stage at hand that are loaded, and multiplied
   bool full_ = false;           // whether the next stage is known to have landed
-  int position_ = 0;            // group within the unit, of the next to load
+  int next_ = 0;                // group within the unit, of the next part of the activation to load
+  int weights_ = 0;             // this lane's place in a stage, in bytes
   int x_ = 0;                   // this lane's place in the activation, in bytes of shared memory
   Weights first_ = {};          // of the next group, loaded before its activation is there
 };

@@ -164,7 +164,7 @@ template <class P> using Stream = Cursor<P>;
 template <class P> KOGC_DEVICE void wait_full(const Stream<P>& stream, const Where& where) {
   const typename Trace<P>::Waiting waiting;
   Spin spin;
-  while (!barrier_passed(Ring<P>::full(stream.slot), stream.parity)) spin.step(where, STAGE_FULL, stream.parity);
+  while (!all_lanes(barrier_passed(Ring<P>::full(stream.slot), stream.parity))) spin.step(where, STAGE_FULL, stream.parity);
 }
 template <class P> KOGC_DEVICE void give_back(int slot) {
   sync_warp();
