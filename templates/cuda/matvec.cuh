@@ -44,7 +44,7 @@ template <class P> class MatVec {
     if (warp_ < units_ * groups_) load_weights(first_, stream, where);
   }
 
-  // y = W x for this block's rows. `multiplied()` runs on every thread, between the products and the first result;
+  // y = W x for this block's rows. `multiplied()` runs on every thread, between the last products and their results;
   // `result(i, y)` gets the block's rows i .. i + 3.
   template <class Multiplied, class Result>
   KOGC_DEVICE void run(Stream<P>& stream, const Where& where, Multiplied multiplied, Result result) {
@@ -57,7 +57,7 @@ template <class P> class MatVec {
       }
       multiply(count, stream, where);
       sync();
-      if (first == 0) multiplied();
+      if (first + P::PARTIAL_UNITS >= units_) multiplied();
       static_assert(P::PARTIAL_UNITS * 8 <= ROWS_TOGETHER * THREADS);
       if (const int row = ROWS_TOGETHER * thread(); row < count * unit()) {
         float y[1][ROWS_TOGETHER];

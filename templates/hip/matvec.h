@@ -28,7 +28,7 @@ template <class P> class MatVec {
     pieces_ = scalar(work.columns) * unit_ * 2 / PIECE;
   }
 
-  // y = W x for this block's rows. `multiplied()` runs on every thread, between the products and the first result;
+  // y = W x for this block's rows. `multiplied()` runs on every thread, between the last products and their results;
   // `result(i, y)` gets the block's rows i .. i + 3.
   template <class Multiplied, class Result>
   KOGC_DEVICE void run(Stream<P>& stream, const Where&, Multiplied multiplied, Result result) {
@@ -38,7 +38,7 @@ template <class P> class MatVec {
       if (first) sync();  // the last part's sums are read
       multiply(stream);
       sync();
-      if (first == 0) multiplied();
+      if (first + P::PARTIAL_UNITS >= units_) multiplied();
 #pragma unroll 1
       for (int row = ROWS_TOGETHER * thread(); row < count * unit_; row += ROWS_TOGETHER * THREADS) {
         float y[1][ROWS_TOGETHER];
