@@ -103,10 +103,7 @@ template <class P> class MatVec {
     float sum = 0;  // of this warp's groups of a unit, for one row a lane
     int to = P::PARTIAL_OFFSET + warp_ * SUM_BYTES;
     next_ = warp_;
-    while (FEW_GROUPS && next_ >= groups_) {
-      next_ -= groups_;
-      to += UNIT_BYTES;
-    }
+    if constexpr (FEW_GROUPS) to += wrap() * UNIT_BYTES;
     Weights &even = first_, odd;
     Activation x, next;
     Products one, other = {};
@@ -187,12 +184,18 @@ template <class P> class MatVec {
     const char* from = shared() + x_ + next_ * GROUP * fragment;
     KOGC_UNROLL for (int i = 0; i < GROUP; i++) x.of[i] = *(const Quad*)(from + i * fragment);
     next_ += WARPS;
-    x.ends = next_ >= groups_;
-    if (x.ends) next_ -= groups_;
+    x.ends = wrap();
+  }
+
+  // How many units next_ lies behind the one it was in; from here on it counts in its own.
+  KOGC_DEVICE int wrap() {
+    int units = next_ >= groups_;
+    if (units) next_ -= groups_;
     while (FEW_GROUPS && next_ >= groups_) {
       next_ -= groups_;
-      x.ends++;
+      units++;
     }
+    return units;
   }
 
   // Multiplies a group, and gives its stage back when it was this warp's last there.
@@ -212,7 +215,7 @@ template <class P> class MatVec {
     sum += (c.of[0][0] + c.of[0][3]) + (c.of[1][0] + c.of[1][3]);
     if (c.ends && (lane() & 3) == (unit() == 8 ? 0 : lane() >> 4)) ((float*)(shared() + to))[lane() >> 2] = sum;
     sum = c.ends ? 0 : sum;
-    to += FEW_GROUPS ? c.ends * UNIT_BYTES : c.ends ? UNIT_BYTES : 0;
+    to += c.ends * UNIT_BYTES;
   }
 
   // One more group of the oldest stage is read; when it was the last of `groups`, this warp gives the stage back.
