@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import sqrt
+from pathlib import Path
 
 import jinja2
 
@@ -67,10 +68,11 @@ def headers_of(profile: GpuProfile, passes: bool = True, samples: bool = True) -
     return files if profile.bulk_copies else tuple(f.replace("cuda/bulk_copies.cuh", ASYNC_COPIES) for f in files)
 
 
-def render(plan: Plan) -> Rendered:
-    """The source of `plan`; the same plan gives the same text."""
+def render(plan: Plan, templates: Path | None = None) -> Rendered:
+    """The source of `plan`, from a directory of templates (those that ship); the same plan gives the same text."""
+    templates = templates or data_dir("templates")
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(data_dir("templates")),
+        loader=jinja2.FileSystemLoader(templates),
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
@@ -94,7 +96,7 @@ def render(plan: Plan) -> Rendered:
         sample_phases=[(_struct(p.phase), p) for p in plan.samples.products] if plan.samples else [],
         samples_rows_listed=rows_listed(plan.samples.choosers) if plan.samples else 0,
     )
-    headers = {name: (data_dir("templates") / name).read_text() for name in files}
+    headers = {name: (templates / name).read_text() for name in files}
     return Rendered(f"{plan.spec.name}_{plan.profile.name}.{SUFFIX[plan.target]}", source, headers)
 
 

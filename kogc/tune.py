@@ -119,6 +119,18 @@ def candidates_for(profile: GpuProfile, start: Setting) -> dict[str, tuple[int, 
     return {**knobs, "blocks": tuple(sorted(b for b in near if b > 0))}
 
 
+def compile_variant(model: str, gpu: str, max_context: int, setting: Setting, kv_dtype: str = "bf16") -> Variant | str:
+    """Plan and binary of a setting, or why there is none: text passes between processes unchanged."""
+    from .render import render
+    from .targets import compile_binary
+
+    try:
+        plan = prepare(model, gpu, max_context, setting.blocks, setting.knobs, kv_dtype=kv_dtype).plan
+        return plan, compile_binary(render(plan), plan)
+    except KogcError as error:
+        return str(error)
+
+
 class Died(KogcError):
     """A variant ended its launch. A GPU runs nothing more in this process then, so the search ends as well."""
 
@@ -135,6 +147,7 @@ class Bench:
     start: Knobs  # whose logits every variant's are compared with
     device: int = 0
     kv_dtype: str = "bf16"
+    compile: Callable[[str, str, int, Any, str], Variant | str] = compile_variant  # in a process of its own
     refused: dict[Setting, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -168,7 +181,7 @@ class Bench:
         for setting in [*settings, *plain]:
             if setting not in self._builds:
                 model, gpu, context = self.model, self.gpu, self.max_context
-                self._builds[setting] = self._pool.submit(compile_variant, model, gpu, context, setting, self.kv_dtype)
+                self._builds[setting] = self._pool.submit(self.compile, model, gpu, context, setting, self.kv_dtype)
 
     def measure(self, settings: Sequence[Setting], repeats: int = REPEATS) -> list[Rate]:
         """Tokens per second of each setting, the median of runs in turns; None for one that is refused."""
@@ -265,18 +278,6 @@ class Bench:
         if len(result.tokens) != request.max_new:
             raise Died(f"tune: with {what}: the kernel made {len(result.tokens)} of {request.max_new} tokens")
         return result
-
-
-def compile_variant(model: str, gpu: str, max_context: int, setting: Setting, kv_dtype: str = "bf16") -> Variant | str:
-    """Plan and binary of a setting, or why there is none: text passes between processes unchanged."""
-    from .render import render
-    from .targets import compile_binary
-
-    try:
-        plan = prepare(model, gpu, max_context, setting.blocks, setting.knobs, kv_dtype=kv_dtype).plan
-        return plan, compile_binary(render(plan), plan)
-    except KogcError as error:
-        return str(error)
 
 
 @dataclass(frozen=True)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import tempfile
-from dataclasses import fields
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from ..plan.plan import Knobs
 
 
@@ -40,18 +42,22 @@ def _numbers(value: str, least: int, what: str) -> list[int]:
     return numbers
 
 
+def with_knobs(start: Knobs, words: Sequence[str]) -> Knobs:
+    """`start` with what the words set, NAME=N each; click.BadParameter names a word that sets nothing."""
+    values = asdict(start)
+    for word in words:
+        name, _, value = word.partition("=")
+        if name not in values or not value.isdigit():
+            raise click.BadParameter(f"{word}: not NAME=N with a name of {', '.join(values)}", param_hint="--knob")
+        values[name] = int(value)
+    return replace(start, **values)
+
+
 def _knobs(words: tuple[str, ...]) -> Knobs | None:
     """The knobs that the words name, the others at their defaults; None, which means the tuned ones, without words."""
     from ..plan.plan import Knobs
 
-    known = [field.name for field in fields(Knobs)]
-    values = {}
-    for word in words:
-        name, _, value = word.partition("=")
-        if name not in known or not value.isdigit():
-            raise click.BadParameter(f"{word}: not NAME=N with a name of {', '.join(known)}", param_hint="--knob")
-        values[name] = int(value)
-    return Knobs(**values) if words else None
+    return with_knobs(Knobs(), words) if words else None
 
 
 @click.command("bench", short_help="Measure tokens per second.")
