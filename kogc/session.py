@@ -39,7 +39,7 @@ CONTEXT_TOKENS = 32  # of the prompt that the text of the first new token may de
 LOGIT_POSITIONS = 512  # of one launch
 LOGIT_BYTES = 128 << 20  # of one launch's buffer on the device
 
-FinishReason = Literal["stop", "length", "context"]
+FinishReason = Literal["stop", "length", "context", "closed"]
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Generation:
 
     seconds: on the device, with what was run of the prompt. cached_tokens: how many tokens of the prompt were not run,
     because the KV cache held them. finish_reason: stop (a stop token or string came), length (max_new_tokens are
-    made), context (the artifact's limit came).
+    made), context (the artifact's limit came), closed (the reader ended the stream, or it has not ended yet).
     """
 
     tokens: list[int]
@@ -180,9 +180,7 @@ class Session:
         sampling: Sampling | None = None,
     ) -> Generation:
         """Continue a text, or token ids as they are. See `stream` for the arguments."""
-        stream = self.stream(prompt, max_new_tokens, stop, stop_strings=stop_strings, sampling=sampling)
-        text = "".join(piece.text for piece in stream)
-        return stream.result(text)
+        return self.stream(prompt, max_new_tokens, stop, stop_strings=stop_strings, sampling=sampling).finish()
 
     def stream(
         self,
@@ -231,7 +229,7 @@ class Session:
         if self.plan.samples is not None:
             return Samples(self, request, stops, at_limit).run()
         streams = [Stream(self, _drawn_with(request, i), own, at_limit) for i, own in enumerate(stops)]
-        made = [stream.result("".join(piece.text for piece in stream)) for stream in streams]
+        made = [stream.finish() for stream in streams]
         return [replace(one, seconds=sum(other.seconds for other in made)) for one in made]
 
     def logits(self, token_ids: Sequence[int]) -> NDArray[np.float32]:
@@ -364,18 +362,25 @@ class Stream(Iterator[Piece]):
         self.cached_tokens = 0  # of the prompt, not run again; known after the first piece
         self.tokens: list[int] = []
         self.logprobs: list[Logprobs] = []
-        self.finish_reason: FinishReason = at_limit
+        self.finish_reason: FinishReason = "closed"
         self.seconds = 0.0  # on the device; known after the end
         self._runtime = session._runtime
         self._cached = session._cached
         self._text = Text(session.tokenizer, request.prompt, stop)
-        self._pieces = self._make(request)
+        self._pieces = self._make(request, at_limit)
+        self._refused: KogcError | None = None
 
     def __iter__(self) -> Stream:
         return self
 
     def __next__(self) -> Piece:
-        return next(self._pieces)
+        if self._refused is not None:  # a generator that has raised is at its end, which would look like the text's
+            raise self._refused
+        try:
+            return next(self._pieces)
+        except KogcError as error:
+            self._refused = error
+            raise
 
     def close(self) -> None:
         """End the kernel, if it still runs, and wait for it."""
@@ -389,12 +394,17 @@ class Stream(Iterator[Piece]):
     ) -> None:
         self.close()
 
+    def finish(self) -> Generation:
+        """Read what is left, and tell how it went; an interrupt ends the kernel."""
+        with self:
+            return self.result("".join(piece.text for piece in self))
+
     def result(self, text: str) -> Generation:
         return Generation(
             self.tokens, text, self.prompt_tokens, self.seconds, self.finish_reason, self.cached_tokens, self.logprobs
         )
 
-    def _make(self, request: Request) -> Generator[Piece, None, None]:
+    def _make(self, request: Request, at_limit: FinishReason) -> Generator[Piece, None, None]:
         """Launch when the first piece is asked for: only then is it certain what the cache holds."""
         with self._cached.continuing(request.prompt, self.tokens) as start:
             self.cached_tokens = start
@@ -408,7 +418,10 @@ class Stream(Iterator[Piece]):
                         self.logprobs.append(logprobs)
                     self.tokens.append(token)
                     stopped = token in request.stop
-                    text = self._text.add(token, stopped, stopped or len(self.tokens) == request.max_new)
+                    last = len(self.tokens) == request.max_new
+                    text = self._text.add(token, stopped, stopped or last)
+                    if last:
+                        self.finish_reason = at_limit
                     if stopped or self._text.stopped:
                         self.finish_reason = "stop"
                         made.close()  # which tells a kernel that does not know of the string

@@ -142,14 +142,19 @@ class Runtime(ABC):
         self.plan = program.plan
         self._records: NDArray[np.int32] = np.empty((0, 1), np.int32)  # log-probabilities of the last launch
         self.last_timing = 0.0  # milliseconds that the last launch took on the device
-        self._lock = threading.Lock()  # held while a launch is under way
+        self._lock = threading.Lock()  # held from the preparation of a launch to its end
+        self._memory = threading.RLock()  # held while memory that close() frees is looked at
+        self._running = False  # whether a launch has begun that nobody has waited for
         self._closed = False
 
     # -- what a target provides
 
     @abstractmethod
     def _launch(self, args: KernelArgs, prompt: NDArray[np.int32], logits: bool, bias: NDArray[np.int32]) -> None:
-        """Start the kernel; fills in the pointers of prompt, logits and bias. `prompt` begins with the history."""
+        """Start the kernel; fills in the pointers of prompt, logits and bias. `prompt` begins with the history.
+
+        Sets _running before anything is started.
+        """
 
     @abstractmethod
     def _share_records(self, words: int) -> tuple[NDArray[np.int32], int]:
@@ -225,7 +230,7 @@ class Runtime(ABC):
         """Launch, and note the host's clock, in nanoseconds, when each token is first seen: polled without pause."""
         times: list[int] = []
         clock, ring, next_look = time.perf_counter_ns, self.words.ring, 0
-        with self._launched(request):
+        with self._launched(request), self._opened():
             while len(times) < request.max_new:
                 now = clock()
                 if ring[len(times)] >= 0:
@@ -240,25 +245,54 @@ class Runtime(ABC):
     def _launched(self, request: Request) -> Iterator[None]:
         """A launch under way; in the end it is stopped, if it still runs, and waited for."""
         with self._taken():
-            args = self._arguments(request)
-            self._launch(args, tokens_of(request), request.logits, bias_words(request.sampling))
-            try:
-                yield
-            finally:
-                self.words.stop_word[0] = 1
-                self._wait()
+            with self._opened():
+                args = self._arguments(request)
+                self._launch(args, tokens_of(request), request.logits, bias_words(request.sampling))
+            yield
 
     @contextlib.contextmanager
     def _taken(self) -> Iterator[None]:
+        """Around the preparation of a launch and the launch; in the end nothing of it runs any more."""
         if not self._lock.acquire(blocking=False):
             raise KogcError("this session is already generating: finish or close that stream first")
         try:
-            if self._closed:
-                raise KogcError("this session is closed")
-            self.words.clear()
+            with self._opened():
+                self._end()  # what an interrupt at the wrong moment has left running
+                self.words.clear()
             yield
         finally:
-            self._lock.release()
+            try:
+                with self._memory:
+                    if not self._closed:
+                        self._end()
+            finally:
+                self._lock.release()
+
+    @contextlib.contextmanager
+    def _opened(self) -> Iterator[None]:
+        """Around a look at memory that close() frees, in this thread or another. KogcError after it."""
+        with self._memory:
+            if self._closed:
+                raise KogcError("this session is closed")
+            yield
+
+    def _end(self) -> None:
+        """Stop what runs, and wait for it. An interrupt is raised after that: what still ran would write into the next
+        launch's memory, or into what has been freed.
+        """
+        interrupt: KeyboardInterrupt | None = None
+        while self._running:
+            try:
+                self._tell_to_stop()
+                self._wait()
+                self._running = False
+            except KeyboardInterrupt as error:
+                interrupt = error
+        if interrupt is not None:
+            raise interrupt
+
+    def _tell_to_stop(self) -> None:
+        self.words.stop_word[0] = 1
 
     def _arguments(self, request: Request) -> KernelArgs:
         sampling, pointers = self._prepared(request, 1)
@@ -283,12 +317,14 @@ class Runtime(ABC):
 
     def logprobs(self, index: int) -> Logprobs:
         """Of token number `index` of the last launch, once that token has come; the request has asked for them."""
-        return read_record(self._records[index])
+        with self._opened():
+            return read_record(self._records[index])
 
     def run(self, request: Request) -> Result:
         """Launch and wait for the end."""
         tokens = list(self.tokens(request))
-        logits = self._read_logits(len(request.prompt)) if request.logits else None
+        with self._opened():
+            logits = self._read_logits(len(request.prompt)) if request.logits else None
         wanted = request.sampling.logprobs is not None
         logprobs = [self.logprobs(i) for i in range(len(tokens))] if wanted else []
         return Result(tokens, logits, self.last_timing, logprobs)
@@ -296,11 +332,12 @@ class Runtime(ABC):
     def _follow(self, max_new: int) -> Iterator[int]:
         made = 0
         while True:
-            # Asked before the ring is read: what a finished kernel wrote is then surely seen.
-            done = self._ended()
-            while made < max_new and (token := int(self.words.ring[made])) >= 0:
-                made += 1
-                yield token
+            with self._opened():
+                # Asked before the ring is read: what a finished kernel wrote is then surely seen.
+                done = self._ended()
+                new = written(self.words.ring[made:max_new])
+            made += len(new)
+            yield from new
             if done:
                 return
             time.sleep(self.poll_seconds)
@@ -347,10 +384,12 @@ class Runtime(ABC):
 
     def close(self) -> None:
         """Stop a launch that is still under way, wait for it, and free everything. A second call does nothing."""
-        if self._closed:
-            return
-        self._closed = True
-        self._free()
+        with self._memory:
+            if self._closed:
+                return
+            self._end()
+            self._closed = True
+            self._free()
 
     def __enter__(self) -> Runtime:
         return self
@@ -366,6 +405,16 @@ def random_chunks(plan: Plan, count: int) -> NDArray[np.uint8]:
     numbers = rng.random((*shape, plan.spec.head_dim), np.float32) * 2 - 1
     keys, values = np.ldexp(numbers, rng.integers(-1, 2, (*shape, 1), np.int32))
     return pack_kv(plan, plan.target, keys, values)
+
+
+def written(ring: NDArray[np.int32]) -> list[int]:
+    """The tokens of a ring, up to the first that is not there yet."""
+    new = []
+    for word in ring:  # one at a time: the kernel writes on
+        if word < 0:
+            break
+        new.append(int(word))
+    return new
 
 
 def tokens_of(request: Request) -> NDArray[np.int32]:

@@ -22,6 +22,7 @@ from .args import KernelArgs, split_prompt
 
 CEILING_REPEATS = 5
 CEILING_BYTES = 512 << 20  # at least: more than the caches of a server hold
+START_SECONDS = 1.0  # a thread that was started has begun by then
 NO_RESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)  # named by Python 3.11
 
 
@@ -44,6 +45,7 @@ class CpuRuntime(Runtime):
         self._words = _aligned(HostWords.bytes(self.plan.max_context))
         self.words = HostWords(self._words, self.plan.max_context)
         self._thread: threading.Thread | None = None
+        self._finished = threading.Event()  # set when the thread has: a Thread forgets itself in an interrupted join
         self._status = 0
         self._logits: NDArray[np.float32] = np.empty((0, self.plan.spec.vocab), np.float32)
         self._record_words: NDArray[np.int32] = np.empty(0, np.int32)
@@ -103,6 +105,8 @@ class CpuRuntime(Runtime):
         if args.n_prompt > 1:
             launches.insert(0, (library.kogc_prompt, self._passes_of(args)))
 
+        finished = self._finished = threading.Event()
+
         def work() -> None:
             before = time.perf_counter()
             self._status = 0
@@ -110,9 +114,15 @@ class CpuRuntime(Runtime):
                 self._status = self._status or int(launch(ctypes.byref(its)))
             self.last_timing = (time.perf_counter() - before) * 1e3
             prompt.flags.writeable = bias.flags.writeable = False  # the closure keeps both alive until here
+            finished.set()
 
         self._thread = threading.Thread(target=work, name="kogc", daemon=True)
-        self._thread.start()
+        self._running = True
+        try:
+            self._thread.start()
+        except RuntimeError as error:
+            self._running = False
+            raise KogcError(f"no thread for the kernel: {error}") from None
 
     def _passes_of(self, args: KernelArgs) -> KernelArgs:
         self._pass_exchange[:] = 0
@@ -121,15 +131,16 @@ class CpuRuntime(Runtime):
         return first
 
     def _done(self) -> bool:
-        if self._thread is not None and self._thread.is_alive():
+        if not self._finished.is_set():
             return False
         if self._status != 0:
             raise KogcError(f"the kernel failed with status {self._status}; load the artifact again")
         return True
 
     def _wait(self) -> None:
-        if self._thread is not None:
-            self._thread.join()
+        while not self._finished.wait(START_SECONDS):
+            if self._thread is None or self._thread.ident is None:  # an interrupt came before it was started
+                return
 
     def _pointers(self) -> dict[str, int]:
         base = self._weights.ctypes.data
@@ -170,8 +181,6 @@ class CpuRuntime(Runtime):
         return time.perf_counter() - before
 
     def _free(self) -> None:
-        self.words.stop_word[0] = 1
-        self._wait()
         empty = np.empty(0, np.uint8)
         self._weights = self._kv = self._exchange = self._pass_exchange = empty  # unmaps with the last reference
 
@@ -239,5 +248,6 @@ def _advise(memory: mmap.mmap, advice: str) -> None:
 
 
 def _aligned(count: int) -> NDArray[np.uint8]:
-    """Zeroed bytes that start at a page."""
-    return np.frombuffer(mmap.mmap(-1, max(count, 1)), np.uint8, count)
+    """Zeroed bytes that start at a page; a process that forks gets its own."""
+    memory = mmap.mmap(-1, max(count, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return np.frombuffer(memory, np.uint8, count)

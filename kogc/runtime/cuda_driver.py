@@ -58,7 +58,8 @@ class Driver(GpuDriver):
 
     def share(self, count: int) -> tuple[int, int]:
         flags = self.CU_MEMHOSTALLOC_DEVICEMAP | self.CU_MEMHOSTALLOC_PORTABLE
-        address = int(self._keep(self.call("cuMemHostAlloc", count, flags), "cuMemFreeHost"))
+        address = int(self.call("cuMemHostAlloc", count, flags))
+        self._keep(address, "cuMemFreeHost", address)
         return address, int(self.call("cuMemHostGetDevicePointer", address, 0))
 
     def clear(self, address: int, count: int, stream: Any = None) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import time
 from abc import abstractmethod
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -105,8 +107,7 @@ class GpuRuntime(Runtime):
         self._weights = driver.alloc(self.program.weights_bytes)
         self._kv = driver.alloc(plan.kv_bytes)
         self._rope = driver.alloc(rope.nbytes)
-        self._exchange, self._exchange_bytes = 0, 0
-        self._trace, self._trace_bytes = 0, 0
+        self._grown: dict[str, tuple[int, int]] = {}  # buffers that grow with what is asked for: address, bytes
         self._fit(plan)
         self._scratch = 0
         if plan.passes:
@@ -114,8 +115,7 @@ class GpuRuntime(Runtime):
             driver.clear(self._scratch, plan.passes.scratch_bytes)
         self._prompt = driver.alloc(plan.max_context * 4)
         self._bias = driver.alloc(MAX_BIAS * BIAS_BYTES)
-        self._records_address, self._record_words = 0, 0
-        self._logits, self._logits_bytes = 0, 0
+        self._shared: dict[str, tuple[int, int, int]] = {}  # the same, in pinned memory: address here, there, bytes
         driver.clear(self._kv, plan.kv_bytes)
         driver.to_device(self._rope, rope)
         size = HostWords.bytes(plan.max_context)
@@ -124,18 +124,43 @@ class GpuRuntime(Runtime):
 
     def _fit(self, plan: Plan) -> None:
         self._driver.use()
-        if plan.exchanges.bytes > self._exchange_bytes:
-            self._exchange, self._exchange_bytes = self._driver.alloc(plan.exchanges.bytes), plan.exchanges.bytes
-        if trace_bytes(plan) > self._trace_bytes:
-            self._trace, self._trace_bytes = self._driver.alloc(trace_bytes(plan)), trace_bytes(plan)
+        self._exchange = self._grow("exchange", plan.exchanges.bytes, "the exchanges")
+        self._trace = self._grow("trace", trace_bytes(plan), "a trace") if plan.trace_events else 0
 
     def _share_records(self, words: int) -> tuple[NDArray[np.int32], int]:
+        buffer, there = self._share("records", 4 * words)
+        return np.frombuffer(buffer, np.int32), there
+
+    def _grow(self, name: str, count: int, what: str) -> int:
+        """A buffer of at least so many bytes, zero where nothing was ever written. KogcError where memory is short."""
+        address, size = self._grown.get(name, (0, 0))
+        if size >= count:
+            return address
+        free, total = self._driver.memory()
+        if count - size + SPARE_BYTES > free:
+            have = f"{free / 1e9:.1f} of {total / 1e9:.1f} GB are free"
+            raise KogcError(
+                f"{what} need {count / 1e9:.1f} GB of GPU memory more; {have}: ask for fewer, or shorter ones"
+            )
+        if address:
+            del self._grown[name]
+            self._driver.free(address)
+        address = self._driver.alloc(count)
+        self._grown[name] = address, count
+        self._driver.clear(address, count, self._stream)  # before whatever is launched next
+        return address
+
+    def _share(self, name: str, count: int) -> tuple[Any, int]:
+        """Pinned memory of at least so many bytes, as a buffer, and its address on the device."""
         self._driver.use()
-        if words > self._record_words:
-            address, self._records_address = self._driver.share(4 * words)
-            buffer: Any = (ctypes.c_char * (4 * words)).from_address(address)
-            self._records_here, self._record_words = np.frombuffer(buffer, np.int32), words
-        return self._records_here, self._records_address
+        here, there, size = self._shared.get(name, (0, 0, 0))
+        if size < count:
+            if here:
+                del self._shared[name]
+                self._driver.free(here)
+            here, there = self._driver.share(count)
+            self._shared[name] = here, there, count
+        return (ctypes.c_char * count).from_address(here), there
 
     # -- launching
 
@@ -147,11 +172,20 @@ class GpuRuntime(Runtime):
         driver.clear(self._exchange, plan.exchanges.bytes, self._stream)
         if plan.trace_events:
             driver.clear(self._trace, trace_bytes(plan), self._stream)
-        driver.record(self._before, self._stream)
-        if plan.passes and not logits and args.n_prompt > 1:
-            self._start_passes(args)
-        self._start(GENERATE, plan.threads, plan.memory.bytes, args)
-        driver.record(self._after, self._stream)
+        with self._timed():
+            if plan.passes and not logits and args.n_prompt > 1:
+                self._start_passes(args)
+            self._start(GENERATE, plan.threads, plan.memory.bytes, args)
+
+    @contextlib.contextmanager
+    def _timed(self) -> Iterator[None]:
+        """Around what a launch starts, which is waited for even where only a part of it could be started."""
+        self._driver.record(self._before, self._stream)
+        self._running = True
+        try:
+            yield
+        finally:
+            self._driver.record(self._after, self._stream)
 
     def _give(self, args: KernelArgs, prompt: NDArray[np.int32], bias: NDArray[np.int32]) -> None:
         """Copy the prompt, which begins with the history, and the bias to the device, and point to them."""
@@ -184,6 +218,7 @@ class GpuRuntime(Runtime):
         return True
 
     def _wait(self) -> None:
+        self._driver.use()
         while (status := self._driver.status(self._after)) == self._driver.not_ready:
             time.sleep(self.poll_seconds)
         if status == self._driver.good:
@@ -224,9 +259,7 @@ class GpuRuntime(Runtime):
         return out
 
     def _logits_buffer(self, rows: int) -> int:
-        need = rows * self.plan.spec.vocab * 4
-        if need > self._logits_bytes:
-            self._logits, self._logits_bytes = self._driver.alloc(need), need
+        self._logits = self._grow("logits", rows * self.plan.spec.vocab * 4, f"logits of {rows} tokens")
         return self._logits
 
     def _fill(self, name: str, offset: int, count: int, seed: int, amplitude: float, fp16: bool) -> None:

@@ -131,7 +131,7 @@ class GpuDriver(ABC):
         return float(self.call(f"{self.prefix}EventElapsedTime", before, after))
 
     def free(self, address: int) -> None:
-        """Give device memory back before `close` does."""
+        """Give memory back, of the device or pinned, before `close` does."""
         at = next(i for i, (made, _) in enumerate(self._made) if made == address)
         self._made.pop(at)[1]()
 

@@ -56,7 +56,8 @@ class Hip(GpuDriver):
 
     def share(self, count: int) -> tuple[int, int]:
         flags = self.hipHostMallocMapped | self.hipHostMallocCoherent
-        memory = self._keep(self.call("hipHostMalloc", count, flags), "hipHostFree")
+        memory = self.call("hipHostMalloc", count, flags)
+        self._keep(memory, "hipHostFree", int(memory))
         return int(memory), int(self.call("hipHostGetDevicePointer", memory, 0))
 
     def clear(self, address: int, count: int, stream: Any = None) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import time
 from collections.abc import Generator, Iterator
 from typing import Any, cast
@@ -10,11 +9,10 @@ from typing import Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import KogcError
 from ..plan.samples import COLUMNS, own_pages, page_bytes
-from . import LINE, Request, Runtime, tokens_of
+from . import LINE, Request, Runtime, tokens_of, written
 from .args import SampleArgs, bias_words, sample_args
-from .gpu import SAMPLES, SPARE_BYTES, GpuRuntime
+from .gpu import SAMPLES, GpuRuntime
 
 
 class SampleWords:
@@ -39,12 +37,7 @@ class SampleWords:
 class SamplesRuntime(GpuRuntime):
     """See GpuRuntime. Made also for a plan without such a kernel: ask `making_samples`."""
 
-    _many: SampleWords  # of the last launch of samples
-
-    def _allocate(self) -> None:
-        super()._allocate()
-        self._grown: dict[str, tuple[int, int]] = {}  # buffers that are made when they are first needed: address, bytes
-        self._sample_words = (0, 0, 0)  # their address here and on the device, and bytes
+    _many: SampleWords | None = None  # of the launch under way
 
     def samples(self, request: Request, n: int) -> Generator[tuple[int, int], None, None]:
         """Launch n continuations of a prompt together, and yield (sample, token) as tokens are made.
@@ -55,25 +48,28 @@ class SamplesRuntime(GpuRuntime):
         if not 1 <= n <= COLUMNS:
             raise ValueError(f"{n} samples: a kernel makes 1 to {COLUMNS} together")
         with self._taken():
-            self._many, more = self._share_samples(n, request.max_new)
-            sampling, pointers = self._prepared(request, n)
-            start, history = request.start + len(request.prompt) - 1, len(request.history)
-            args = sample_args(
-                pointers | more, n, own_pages(start, request.max_new), request.start, request.max_new, request.stop,
-                sampling, history,
-            )  # fmt: skip
-            args.n_prompt = len(request.prompt)
-            self._launch_samples(args, tokens_of(request), request.logits, bias_words(sampling))
-            try:
-                yield from self._follow_samples(self._many.rings)
-            finally:
-                self.words.stop_word[0] = 1
-                self._many.stop_words[:] = 1
-                self._wait()
+            with self._opened():
+                self._many, more = self._share_samples(n, request.max_new)
+                sampling, pointers = self._prepared(request, n)
+                start, history = request.start + len(request.prompt) - 1, len(request.history)
+                args = sample_args(
+                    pointers | more, n, own_pages(start, request.max_new), request.start, request.max_new, request.stop,
+                    sampling, history,
+                )  # fmt: skip
+                args.n_prompt = len(request.prompt)
+                self._launch_samples(args, tokens_of(request), request.logits, bias_words(sampling))
+            yield from self._follow_samples(self._many.rings)
 
     def end_sample(self, sample: int) -> None:
         """End one sample of the launch under way, within a token."""
-        self._many.stop_words[sample] = 1
+        with self._opened():
+            if self._many is not None:
+                self._many.stop_words[sample] = 1
+
+    def _tell_to_stop(self) -> None:
+        super()._tell_to_stop()
+        if self._many is not None:
+            self._many.stop_words[:] = 1
 
     def sample_logits(self, n: int, max_new: int) -> NDArray[np.float32]:
         """The logits from which the last launch of n samples chose its tokens: float32[max_new][n][vocab]."""
@@ -82,24 +78,21 @@ class SamplesRuntime(GpuRuntime):
     def _follow_samples(self, rings: NDArray[np.int32]) -> Iterator[tuple[int, int]]:
         made = [0] * len(rings)
         while True:
-            done = self._ended()  # asked before the rings are read: see _follow
-            for sample, ring in enumerate(rings):
-                while made[sample] < len(ring) and (token := int(ring[made[sample]])) >= 0:
-                    made[sample] += 1
-                    yield sample, token
+            with self._opened():
+                done = self._ended()  # asked before the rings are read: see _follow
+                new = [written(ring[made[sample] :]) for sample, ring in enumerate(rings)]
+            for sample, tokens in enumerate(new):
+                made[sample] += len(tokens)
+                yield from ((sample, token) for token in tokens)
             if done:
                 return
             time.sleep(self.poll_seconds)
 
     def _share_samples(self, n: int, max_new: int) -> tuple[SampleWords, dict[str, int]]:
         """The words of a launch of n samples, and the addresses of all that only such a launch needs."""
-        self._driver.use()
-        size = SampleWords.bytes(n, max_new)
-        if size > self._sample_words[2]:
-            self._sample_words = (*self._driver.share(size), size)
-        here, there, _ = self._sample_words
-        words = SampleWords((ctypes.c_char * size).from_address(here), n, max_new)
-        return words, SampleWords.pointers(there)
+        self._many = None  # its memory may go
+        buffer, there = self._share("samples", SampleWords.bytes(n, max_new))
+        return SampleWords(buffer, n, max_new), SampleWords.pointers(there)
 
     def _launch_samples(
         self, args: SampleArgs, prompt: NDArray[np.int32], logits: bool, bias: NDArray[np.int32]
@@ -117,31 +110,11 @@ class SamplesRuntime(GpuRuntime):
         driver.clear(scratch, cut.scratch_bytes, self._stream)
         if args.choice:
             driver.clear(args.choices, n * cut.choice.bytes, self._stream)
-        driver.record(self._before, self._stream)
-        if args.n_prompt > 1:
-            self._start_passes(args)
-        args.scratch = scratch
-        self._start(SAMPLES, cut.threads, cut.memory_bytes, args)
-        driver.record(self._after, self._stream)
-
-    def _grow(self, name: str, count: int, what: str) -> int:
-        """A buffer of at least so many bytes, zero where nothing was ever written. KogcError where memory is short."""
-        address, size = self._grown.get(name, (0, 0))
-        if size >= count:
-            return address
-        free, total = self._driver.memory()
-        if count - size + SPARE_BYTES > free:
-            have = f"{free / 1e9:.1f} of {total / 1e9:.1f} GB are free"
-            raise KogcError(
-                f"{what} need {count / 1e9:.1f} GB of GPU memory more; {have}: ask for fewer, or shorter ones"
-            )
-        if address:
-            del self._grown[name]
-            self._driver.free(address)
-        address = self._driver.alloc(count)
-        self._grown[name] = address, count
-        self._driver.clear(address, count)
-        return address
+        with self._timed():
+            if args.n_prompt > 1:
+                self._start_passes(args)
+            args.scratch = scratch
+            self._start(SAMPLES, cut.threads, cut.memory_bytes, args)
 
 
 def making_samples(runtime: Runtime) -> SamplesRuntime:
