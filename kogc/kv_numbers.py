@@ -40,10 +40,10 @@ def to_fp8(x: F32) -> tuple[Bytes, Bytes]:
 
 
 def to_e4m3(x: F32) -> Bytes:
-    """Codes of float32 numbers, rounded to nearest, ties to even, and saturated."""
+    """Codes of float32 numbers, rounded to nearest, ties to even, and saturated; what is no number as well."""
     words: npt.NDArray[np.uint32] = np.ascontiguousarray(x, np.float32).view(np.uint32)
     sign = words >> 24 & 0x80
-    magnitude: F32 = np.minimum((words & 0x7FFFFFFF).view(np.float32), LARGEST)
+    magnitude: F32 = np.fmin((words & 0x7FFFFFFF).view(np.float32), LARGEST)
     bounded = magnitude.view(np.uint32)
     normal = (bounded + 0x7FFFF + (bounded >> 20 & 1) >> 20) - (120 << 3)
     subnormal = (magnitude + SUBNORMAL_SHIFT).view(np.uint32) - SUBNORMAL_SHIFT.view(np.uint32)

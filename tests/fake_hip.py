@@ -93,6 +93,9 @@ class FakeHip:
         ctypes.memmove(to, source, count)
         return self._note("hipMemcpy")
 
+    def hipMemcpyAsync(self, to: int, source: int, count: int, kind: int, stream: int) -> tuple[Any, ...]:
+        return self.hipMemcpy(to, source, count, kind)
+
     def hipModuleLoadData(self, image: bytes) -> tuple[Any, ...]:
         return (SUCCESS, 9) if image.startswith(b"\x7fELF") else (BAD_IMAGE, None)
 

@@ -48,6 +48,14 @@ def test_any_number_of_blocks_passes(blocks: int) -> None:
         check(make_plan(load_spec(model), load_profile("cpu-avx2"), Options(blocks=blocks)))
 
 
+def test_a_prompt_without_logits_is_checked() -> None:
+    """Its steps end with a vector that nobody reads, which would have held a block back."""
+    spec = {"hidden": 352, "ffn": 768, "heads": 3, "kv_heads": 1, "head_dim": 32, "vocab": 616, "layers": 3}
+    plan = plan_of(98, model="smollm2-135m", max_context=1024, **spec)
+    refused(plan, "a prompt with 1 attention splits: exchange hidden: block 0 may rewrite it before block 84")
+    check(plan_of(49, model="smollm2-135m", max_context=1024, **spec))
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [

@@ -128,7 +128,8 @@ def heads_of(plan: Plan, unit: int) -> range:
 def scenarios(plan: Plan) -> Iterator[tuple[str, list[Action]]]:
     """Three consecutive layers with a step's end before the last: every way attention may differ between them.
 
-    And two tokens chosen one after the other, in every way that a token may be chosen.
+    And two tokens chosen one after the other, in every way that a token may be chosen; and tokens of a prompt, of which
+    only the last has logits: the others' last vector is put, and read by nobody.
     """
     graph = Graph(plan)
     gather = min(plan.knobs.gather_splits, plan.splits)
@@ -139,6 +140,9 @@ def scenarios(plan: Plan) -> Iterator[tuple[str, list[Action]]]:
             actions += graph.choice() if choose else []
             actions += graph.layer(first)
             yield f"{first} then {second} attention splits", actions
+    for active in counts:
+        layer = graph.layer(active)
+        yield f"a prompt with {active} attention splits", [*layer, *layer[:-1], *layer, *layer]
     for rounds, logprobs, listed in product((0, 1, 2 * LEVELS), (False, True), (False, True)):
         token = [*graph.layer(gather), *graph.sampled(rounds, logprobs, listed)]
         yield f"sampling in {rounds} rounds{' after short lists' if listed else ''}", [*token, *token]

@@ -438,11 +438,11 @@ def same_layout(a: Plan, b: Plan) -> bool:
 
 def stall_message(report: NDArray[np.uint32]) -> str:
     """One line from the kernel's report of a wait that never ended."""
-    block, thread, site, layer, step, expected, seen = (int(w) for w in report[1:8])
+    block, thread, site, layer, step, expected = (int(w) for w in report[1:7])
     name = SITES[site] if site < len(SITES) else f"site {site}"
     return (
         f"the kernel stalled and stopped: block {block}, thread {thread} waited for {name!r} in layer {layer}, "
-        f"step {step} (expected {expected:#x}, saw {seen:#x}); load it again"
+        f"step {step} (expected {expected:#x}); load it again"
     )
 
 

@@ -68,8 +68,11 @@ class Driver(GpuDriver):
         else:
             self.call("cuMemsetD8Async", address, 0, count, stream)
 
-    def to_device(self, address: int, data: NDArray[Any]) -> None:
-        self.call("cuMemcpyHtoD", address, data.ctypes.data, data.nbytes)
+    def to_device(self, address: int, data: NDArray[Any], stream: Any = None) -> None:
+        if stream is None:
+            self.call("cuMemcpyHtoD", address, data.ctypes.data, data.nbytes)
+        else:
+            self.call("cuMemcpyHtoDAsync", address, data.ctypes.data, data.nbytes, stream)
 
     def to_host(self, out: NDArray[Any], address: int) -> None:
         self.call("cuMemcpyDtoH", out.ctypes.data, address, out.nbytes)

@@ -191,9 +191,10 @@ class GpuRuntime(Runtime):
         """Copy the prompt, which begins with the history, and the bias to the device, and point to them."""
         args.prompt = self._prompt + prompt.itemsize * args.n_history
         args.bias = self._bias
-        self._driver.to_device(self._prompt, prompt)
+        self._given = prompt, bias  # they stay until the next launch: the copies may only have been begun
+        self._driver.to_device(self._prompt, prompt, self._stream)
         if bias.size:
-            self._driver.to_device(self._bias, bias)
+            self._driver.to_device(self._bias, bias, self._stream)
 
     def _start_passes(self, args: KernelArgs) -> None:
         """Launch the passes over all of the prompt but its last token, and leave that to the launch that follows."""

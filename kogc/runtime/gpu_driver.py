@@ -76,8 +76,11 @@ class GpuDriver(ABC):
         """Set bytes to 0, in a stream or at once."""
 
     @abstractmethod
-    def to_device(self, address: int, data: NDArray[Any]) -> None:
-        """Copy a contiguous array to an address on the device."""
+    def to_device(self, address: int, data: NDArray[Any], stream: Any = None) -> None:
+        """Copy a contiguous array to an address on the device, in a stream or at once.
+
+        At once means that the array may go: a kernel of another stream can come before it has arrived.
+        """
 
     @abstractmethod
     def to_host(self, out: NDArray[Any], address: int) -> None:

@@ -66,8 +66,12 @@ class Hip(GpuDriver):
         else:
             self.call("hipMemsetAsync", address, 0, count, stream)
 
-    def to_device(self, address: int, data: NDArray[Any]) -> None:
-        self.call("hipMemcpy", address, int(data.ctypes.data), data.nbytes, self.hipMemcpyKind.hipMemcpyHostToDevice)
+    def to_device(self, address: int, data: NDArray[Any], stream: Any = None) -> None:
+        how = address, int(data.ctypes.data), data.nbytes, self.hipMemcpyKind.hipMemcpyHostToDevice
+        if stream is None:
+            self.call("hipMemcpy", *how)
+        else:
+            self.call("hipMemcpyAsync", *how, stream)
 
     def to_host(self, out: NDArray[Any], address: int) -> None:
         self.call("hipMemcpy", int(out.ctypes.data), address, out.nbytes, self.hipMemcpyKind.hipMemcpyDeviceToHost)

@@ -110,7 +110,9 @@ template <class P> struct HeadVector {
   u16 gamma_[PAIRS][2] = {};
 };
 
-// A key or value as the cache holds it: each number to `number(d, bits)`, the exponent of an FP8 vector to `scale`.
+// A key or value as the cache holds it: each number to `number(d, bits)`, the exponent of an FP8 vector to `scale`. What is
+// no finite number is not kept: a later text would find it in its last tile, behind its own position, where a probability
+// of zero does not make it zero.
 template <class P, class Number, class Scale> KOGC_DEVICE void to_cache(const HeadVector<P>& v, Number number, Scale scale) {
   if constexpr (P::KV_FP8) {
     const u32 exponent = fp8_exponent(v.largest());
@@ -118,7 +120,10 @@ template <class P, class Number, class Scale> KOGC_DEVICE void to_cache(const He
     v.store([&](int d, float x) { number(d, float_to_fp8(x * divisor)); });
     if (lane() == 0) scale(exponent);
   } else {
-    v.store([&](int d, float x) { number(d, float_to_bf16(x)); });
+    v.store([&](int d, float x) {
+      const u16 bits = float_to_bf16(x);
+      number(d, (bits & 0x7f80) == 0x7f80 ? (u16)0 : bits);
+    });
   }
 }
 

@@ -16,7 +16,7 @@ KOGC_DEVICE float fp8_divisor(u32 exponent) { return as_float((254 - exponent) <
 KOGC_DEVICE u16 float_to_fp8(float v) {
   const u32 sign = as_word(v) >> 24 & 0x80, w = as_word(v) & 0x7fffffff;
   const float magnitude = as_float(w);
-  if (magnitude >= 448.0f) return (u16)(sign | 0x7e);
+  if (!(magnitude < 448.0f)) return (u16)(sign | 0x7e);
   if (magnitude < 0x1p-6f) return (u16)(sign | (as_word(magnitude + 0x1p14f) - as_word(0x1p14f)));  // the sum rounds it
   return (u16)(sign | (((w + 0x7ffff + (w >> 20 & 1)) >> 20) - (120 << 3)));
 }

@@ -106,12 +106,12 @@ KOGC_DEVICE void meet_blocks(int blocks, i32& met, const KernelArgs& args, const
   sync();
   if (scalar(warp()) == 0) {  // which waits as one
     u32* count = grid_count(args);
-    const u32 needed = (met + 1) * blocks;
+    const u32 needed = ((u32)met + 1) * (u32)blocks;  // of a count that may pass its end
     if (lane() == 0) {
       if constexpr (RELEASED) add_released(count, 1);
       else add_word(count, 1);
     }
-    for (Spin spin; !all_lanes((RELEASED ? load_acquired(count) : load_word(count)) >= needed);) spin.step(where, WAIT_PASS, needed);
+    for (Spin spin; !all_lanes((i32)((RELEASED ? load_acquired(count) : load_word(count)) - needed) >= 0);) spin.step(where, WAIT_PASS, needed);
     if (lane() == 0) {
       met++;
       passed();

@@ -134,7 +134,7 @@ template <class P> class PassProducer {
     Spin spin;
     while (!activations_.ended()) {
       bool moved = false;
-      if (!weights_.ended() && all_lanes(barrier_test(PassRing<P>::empty(weights_.at.slot), weights_.at.parity ^ 1))) {
+      if (room()) {
         copy_weights();
         if (weights_.advance() != SAME_ROWS && !weights_.ended()) find_units();
         ahead_++;
@@ -150,13 +150,18 @@ template <class P> class PassProducer {
         spin = {};
         continue;
       }
-      if (all_lanes(pass_words<P>().finished)) break;
+      if (all_lanes(pass_words<P>().finished) && !room()) break;  // asked again: all warps must end at one stage
       spin.step(where_, STAGE_EMPTY, weights_.at.parity);
     }
     drain();
   }
 
  private:
+  // Whether there are weights to copy, and a stage for them.
+  KOGC_DEVICE bool room() const {
+    return !weights_.ended() && all_lanes(barrier_test(PassRing<P>::empty(weights_.at.slot), weights_.at.parity ^ 1));
+  }
+
   // Whether the activations of the next stage are there.
   KOGC_DEVICE bool activated() {
     const u32 needed = activations_.meetings() * P::BLOCKS;

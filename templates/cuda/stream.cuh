@@ -115,8 +115,9 @@ template <class P> class Producer {
   KOGC_DEVICE bool wait_written() {
     const u32 needed = where_.step * P::LAYERS;
     Spin spin;
-    while (!agreed((i32)(published(&words<P>().attended) - needed) >= 0)) {
-      if (agreed(words<P>().finished)) return false;
+    const auto written = [&] { return agreed((i32)(published(&words<P>().attended) - needed) >= 0); };
+    while (!written()) {
+      if (agreed(words<P>().finished) && !written()) return false;  // asked again: all copying warps must end at one stage
       spin.step(where_, CACHE_WRITTEN, needed);
     }
     fence_copies();
@@ -131,7 +132,7 @@ template <class P> class Producer {
     long long last = clock_cycles();
     Spin spin;
     while (!agreed(barrier_test(empty, parity))) {  // does not sleep: there is prefetching to do
-      if (agreed(words<P>().finished)) return false;
+      if (agreed(words<P>().finished)) return agreed(barrier_test(empty, parity));  // what is asked may have come first
       if (P::PREFETCH && ahead_ < next + P::PREFETCH * P::STAGE_BYTES && ahead_ + P::STAGE_BYTES <= end_ &&
           agreed(clock_cycles() - last >= P::PACE)) {
         prefetch(ahead_, P::STAGE_BYTES);
