@@ -1,7 +1,7 @@
 """The artifact: a directory with a readable manifest, the binary, the packed weights and the tokenizer.
 
 Nothing in it depends on when or where it was built: keys are sorted, and no time and no path of the machine is kept
-(only `--weights-by-reference` keeps the checkpoint's location, as the user gave it).
+(only `--weights-by-reference` keeps where the checkpoint is). What a checkpoint is called follows its directory's name.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ BINARY = "monokernel.bin"
 WEIGHTS = "weights.bin"
 TOKENIZER = "tokenizer.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"
+SPECIAL_TOKENS = "special_tokens_map.json"
 CHAT_TEMPLATE = "chat_template.jinja"
 GENERATION_CONFIG = "generation_config.json"
 SPEC = "spec.yaml"
@@ -142,7 +143,7 @@ def read_manifest(directory: str | os.PathLike[str]) -> Manifest:
     """Read the manifest of an artifact directory.
 
     KogcError: not an artifact, another schema (it says which kogc to rebuild with), a damaged manifest, or a listed
-    file that is missing or has another size. Contents are not hashed here: see verify.
+    file that is missing or has another size. Contents of the files are not hashed here: see verify.
     """
     root = Path(directory)
     body = _read_body(root)
@@ -153,6 +154,8 @@ def read_manifest(directory: str | os.PathLike[str]) -> Manifest:
         manifest = _from_json(body)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise KogcError(f"{root / MANIFEST}: damaged ({type(error).__name__}: {error}); rebuild the artifact") from None
+    if body.get("manifest_sha256") != _self_hash(body):
+        raise KogcError(f"{root / MANIFEST}: does not match its own SHA-256; rebuild the artifact")
     for name, entry in manifest.files.items():
         _check_size(root, name, entry)
     return manifest
@@ -237,13 +240,15 @@ def verify(directory: str | os.PathLike[str], progress: Callable[[int], None] | 
     """Hash every file again; KogcError names the first that differs. `progress` gets the bytes hashed since last."""
     root = Path(directory)
     manifest = read_manifest(root)
-    body = _read_body(root)
-    if body.get("manifest_sha256") != _self_hash(body):
-        raise KogcError(f"{root / MANIFEST}: does not match its own SHA-256; rebuild the artifact")
-    for name, entry in manifest.files.items():
-        if hash_file(root / name, progress).sha256 != entry.sha256:
-            raise KogcError(f"{root / name}: does not match the manifest's SHA-256; rebuild the artifact")
+    for name in manifest.files:
+        check_file(root, name, manifest, progress)
     return manifest
+
+
+def check_file(root: Path, name: str, manifest: Manifest, progress: Callable[[int], None] | None = None) -> None:
+    """KogcError where a file of the artifact is not what was built."""
+    if hash_file(root / name, progress).sha256 != manifest.files[name].sha256:
+        raise KogcError(f"{root / name}: does not match the manifest's SHA-256; rebuild the artifact")
 
 
 def hash_file(path: Path, progress: Callable[[int], None] | None = None) -> FileEntry:
@@ -299,7 +304,7 @@ class Writer:
 
     def __init__(self, out: Path) -> None:
         check_replaceable(out)
-        self.out = out.resolve()
+        self.out = Path(os.path.realpath(out))
         self.files: dict[str, FileEntry] = {}
         self._root: Path | None = None
         self._new_parents: list[Path] = []
@@ -368,13 +373,16 @@ def check_replaceable(out: Path) -> None:
         return
     if not out.is_dir():
         raise KogcError(f"{out}: exists and is not a directory")
+    if out.samefile(Path.cwd()):
+        raise KogcError(f"{out}: is the directory you are in, which a build would replace; choose another -o")
     present = {path.relative_to(out).as_posix() for path in out.rglob("*") if not path.is_dir()}
     if not present:
         return
     try:
         known = set(_read_body(out).get("files", {})) | {MANIFEST}
-    except KogcError:
-        raise KogcError(f"{out}: exists and is not a kogc artifact; remove it or choose another -o") from None
+    except (KogcError, TypeError):
+        what = "its manifest is damaged" if (out / MANIFEST).is_file() else "is not a kogc artifact"
+        raise KogcError(f"{out}: exists and {what}; remove it or choose another -o") from None
     if foreign := sorted(present - known):
         raise KogcError(f"{out}: holds {foreign[0]}, which is not part of the artifact; move it or choose another -o")
 

@@ -14,16 +14,17 @@ from typing import Any
 
 import numpy as np
 
+from . import steady as steadiness
 from . import trace as tracing
 from .compare import Comparison, compare, require
 from .errors import KogcError, UsageError
+from .files import check_writable
 from .plan.plan import Plan
 from .plan.samples import COLUMNS
 from .runtime import Request, Runtime
 from .runtime.samples import making_samples
 from .sampling import GREEDY, Sampling
 from .session import load
-from .steady import watch
 
 # What --sample measures: every part of sampling at once.
 SAMPLED = Sampling(
@@ -77,7 +78,9 @@ def run_bench(
     """
     with load(Path(artifact_dir), device, sampling=GREEDY) as session:
         runtime = session.runtime
-        _check(runtime.plan, n, depths, repeat, prompts, samples)
+        _check(runtime.plan, n, depths, repeat, prompts, samples, steady)
+        if trace is not None:
+            check_writable(trace)
         comparison = compare(runtime, tuple(depths), samples=tuple(samples))
         require(comparison)
         ceiling = runtime.read_bandwidth()
@@ -89,7 +92,7 @@ def run_bench(
         ceiling = max(ceiling, runtime.read_bandwidth())  # at both ends: a neighbour may have slowed one of them
         speeds = [replace(speed, share=speed.bytes_per_second / ceiling) for speed in speeds]
         result = _result(runtime, speeds, ceiling, repeat, comparison)
-        evenness = watch(runtime, depths[0]) if steady else None
+        evenness = steadiness.watch(runtime, depths[0]) if steady else None
         profile = _profile(runtime, depths[0]) if phases or trace else None
     if not json:
         print(table(result))
@@ -121,7 +124,13 @@ def table(result: dict[str, Any]) -> str:
 
 
 def _check(
-    plan: Plan, n: int, depths: Sequence[int], repeat: int, prompts: Sequence[int], samples: Sequence[int]
+    plan: Plan,
+    n: int,
+    depths: Sequence[int],
+    repeat: int,
+    prompts: Sequence[int],
+    samples: Sequence[int],
+    steady: bool = False,
 ) -> None:
     if n < 1 or repeat < 1 or not depths or min(depths) < 0 or min(prompts, default=1) < 1:
         raise UsageError("bench needs at least one token, one repeat and one depth, none of them negative")
@@ -130,6 +139,8 @@ def _check(
     if samples and plan.samples is None:
         raise KogcError(f"--samples: {plan.spec.name} on {plan.profile.name} makes samples one after the other")
     wanted = {f"depth {max(depths)} and {n} tokens": max(depths) + 1 + n}
+    if steady:
+        wanted[f"--steady from depth {depths[0]}"] = depths[0] + 1 + steadiness.TOKENS
     wanted |= {f"a prompt of {count} tokens and one more": count + 1 for count in prompts}
     for what, longest in wanted.items():
         if longest > plan.max_context:

@@ -26,6 +26,7 @@ from .artifact import (
     REFERENCE,
     SOURCE,
     SPEC,
+    SPECIAL_TOKENS,
     TOKENIZER,
     TOKENIZER_CONFIG,
     WEIGHTS,
@@ -40,11 +41,12 @@ from .artifact import (
 from .cache import content_key, default_cache
 from .commands.progress import byte_progress, spinner
 from .errors import KogcError, UsageError
-from .importer import ROUNDED
+from .files import write_atomically
+from .importer import ROUNDED, read_json
 from .model_source import ModelSource, find_model
 from .plan.check import check
 from .plan.matvec import UNITS
-from .plan.plan import Knobs, Options, Plan, make_plan
+from .plan.plan import Knobs, Options, Plan, make_plan, usable_cores
 from .profile import GpuProfile, load_profile
 from .spec import ModelSpec, dump_spec
 
@@ -52,8 +54,10 @@ if TYPE_CHECKING:
     from .checkpoint import Checkpoint
     from .render import Rendered
 
+LARGEST_CHECKED = 512  # blocks: checking a plan takes time by their square
 SUFFIX = {"cuda": ".cu", "hip": ".hip", "cpu": ".cpp"}
-COPIED = (TOKENIZER, TOKENIZER_CONFIG, CHAT_TEMPLATE, GENERATION_CONFIG)  # from the checkpoint, as they are
+# What comes from the checkpoint as it is.
+COPIED = (TOKENIZER, TOKENIZER_CONFIG, SPECIAL_TOKENS, CHAT_TEMPLATE, GENERATION_CONFIG)
 
 
 @dataclass(frozen=True)
@@ -124,15 +128,14 @@ def prepare(
     profile, note = targets.detect_profile() if gpu == "auto" else (load_profile(gpu), None)
     notes = [note] if note else []
     source = find_model(model)
+    options = Options(max_context, blocks, knobs, kv_dtype)
+    if tuned and knobs is None:
+        options = _tuned_options(source.spec, profile, options)
     if profile.target != "cpu":
-        options = Options(max_context, blocks, knobs, kv_dtype)
-        if tuned and knobs is None:
-            options = _tuned_options(source.spec, profile, options)
         plan = _checked_plan(source.spec, profile, options)
     else:
         # A CPU's size is a fact of the machine at hand: it decides the plan, but the profile is kept as it is.
         here = replace(profile, memory_bytes=profile.memory_bytes or _machine_memory())
-        options = Options(max_context, blocks, knobs, kv_dtype)
         plan = replace(_checked_plan(source.spec, here, options), profile=profile)
     return Prepared(source, plan, (*notes, *source.notes, *plan.notes))
 
@@ -142,7 +145,8 @@ def _tuned_options(spec: ModelSpec, profile: GpuProfile, options: Options) -> Op
     from .tuned import tuned_for
 
     tuned = tuned_for(spec, profile, options.kv_dtype)
-    if tuned is None or options.blocks not in (None, tuned.setting.blocks):
+    blocks = options.blocks or (usable_cores() if profile.target == "cpu" else None)
+    if tuned is None or blocks not in (None, tuned.setting.blocks):
         return options
     return replace(options, blocks=tuned.setting.blocks, knobs=tuned.setting.knobs)
 
@@ -152,19 +156,34 @@ def _checked_plan(spec: ModelSpec, profile: GpuProfile, options: Options) -> Pla
 
     A block without rows in a layer is one that no other block waits for: it may be late, and read what is not its own.
     """
-    plan = make_plan(spec, profile, options)
     most = max(1, spec.hidden // UNITS[0])  # so many have rows of every vector of the residual stream's size
+    idle = f"--blocks {options.blocks}: some have nothing to do in some phase; any number up to {most} will do"
+    if options.blocks is not None and options.blocks > max(most, LARGEST_CHECKED):
+        raise UsageError(idle)
+    plan = make_plan(spec, profile, options)
     try:
         check(plan)
     except KogcError as error:
-        if plan.blocks <= most:
-            raise
-        few = make_plan(spec, profile, replace(options, blocks=most))
-        check(few)
+        fewer = (most,) if plan.blocks > most else tuple(plan.blocks * eighths // 8 for eighths in (7, 6, 5, 4))
+        few = next(filter(None, (_sound(spec, profile, options, blocks) for blocks in fewer)), None)
+        if few is None or (options.blocks is not None and plan.blocks <= most):
+            raise error
         if options.blocks is not None:
-            raise UsageError(f"--blocks {options.blocks}: {error} (any number up to {most} will do)") from None
-        note = f"{most} blocks, not the {plan.blocks} of {profile.name}: more would have nothing to do in some phase"
-        return replace(few, notes=(*few.notes, note))
+            raise UsageError(idle) from None
+        instead = f"{few.blocks} blocks, not the {plan.blocks} of {profile.name}"
+        return replace(few, notes=(*few.notes, f"{instead}: more would have nothing to do in some phase"))
+    return plan
+
+
+def _sound(spec: ModelSpec, profile: GpuProfile, options: Options, blocks: int) -> Plan | None:
+    """The plan with so many blocks, where it keeps its promises."""
+    if not blocks:
+        return None
+    plan = make_plan(spec, profile, replace(options, blocks=blocks))
+    try:
+        check(plan)
+    except KogcError:
+        return None
     return plan
 
 
@@ -221,7 +240,7 @@ def _dump_source(job: _Job, directory: Path) -> None:
         for name, text in job.source_files():
             path = directory / name
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(text, encoding="utf-8")
+            write_atomically(path, text.encode())
     except OSError as error:
         raise KogcError(f"--dump-source {directory}: {error.strerror}") from None
 
@@ -266,6 +285,7 @@ class _Job:
         stamp = _Stamp(out, self._inputs(compiler))
         if stamp.holds():
             return True
+        self._check_texts()
         if self.directory is None:
             self._write(out, compiler, None)
         else:
@@ -284,8 +304,9 @@ class _Job:
             yield from (name, text)
         if self.prepared.source.directory is not None:
             for path in sorted(self.prepared.source.directory.iterdir()):
-                stat = path.stat()
-                yield f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns}"
+                if path.is_file():  # not a broken link, which is nothing to a build
+                    stat = path.stat()
+                    yield f"{os.path.realpath(path)} {stat.st_size} {stat.st_mtime_ns}"
 
     def _write(self, out: Path, compiler: tuple[str, str], checkpoint: Checkpoint | None) -> None:
         with spinner(f"compiling with {' '.join(compiler)}"):
@@ -298,6 +319,22 @@ class _Job:
             self._copy_texts(writer)
             weights = self._weights(writer, checkpoint)
             writer.finish(self._manifest(compiler, weights, writer.files))
+
+    def _check_texts(self) -> None:
+        """Refuse what the loader would refuse, before the weights are packed."""
+        source = self.prepared.source.directory
+        if source is None:
+            return
+        from .sampling import sampling_from_config
+        from .tokenizer import Tokenizer
+
+        if (source / TOKENIZER).exists():
+            Tokenizer(source)
+        if (source / GENERATION_CONFIG).exists():
+            sampling_from_config(source / GENERATION_CONFIG)
+        for name in (TOKENIZER_CONFIG, SPECIAL_TOKENS):
+            if (source / name).exists():
+                read_json(source / name)
 
     def _copy_texts(self, writer: Writer) -> None:
         """The tokenizer, the chat template and the generation settings, where the checkpoint has them."""
@@ -395,7 +432,7 @@ class _Stamp:
     def __init__(self, out: Path, inputs: Iterable[str]) -> None:
         self._out = out
         self._cache = default_cache()
-        self._key = content_key(["artifact", str(out.resolve()), *inputs])
+        self._key = content_key(["artifact", os.path.realpath(out), *inputs])
 
     def holds(self) -> bool:
         """Whether the artifact is there, untouched since it was made from the same inputs."""

@@ -5,9 +5,10 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
+
+from .files import write_atomically
 
 DIGEST = 32  # bytes of SHA-256 in front of each entry, so that a damaged entry is a miss and not a wrong binary
 MAX_BYTES = 1 << 30  # the least recently used entries go when the cache outgrows this
@@ -26,7 +27,7 @@ def content_key(parts: Iterable[str | bytes]) -> str:
     """SHA-256 (hex) of the parts in order. Each part counts with its length: ("ab", "c") differs from ("a", "bc")."""
     digest = hashlib.sha256()
     for part in parts:
-        data = part.encode() if isinstance(part, str) else part
+        data = part.encode(errors="surrogateescape") if isinstance(part, str) else part
         digest.update(len(data).to_bytes(8, "little"))
         digest.update(data)
     return digest.hexdigest()
@@ -43,10 +44,13 @@ class Cache:
         """The entry's bytes, or None where there is none or it is damaged."""
         path = self._path(key)
         try:
+            if not _is_ours(self.root) or not _is_ours(path.parent):
+                return None
             stored = path.read_bytes()
-            os.utime(path)
         except OSError:
             return None
+        with contextlib.suppress(OSError):  # of another's cache, or one that can only be read
+            os.utime(path)
         data = stored[DIGEST:]
         return data if hashlib.sha256(data).digest() == stored[:DIGEST] else None
 
@@ -55,9 +59,11 @@ class Cache:
         path = self._path(key)
         with contextlib.suppress(OSError):
             # Entries are run as code later, so nobody else may write here.
-            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self.root.parent.mkdir(parents=True, exist_ok=True)
+            for directory in (self.root, path.parent):
+                directory.mkdir(mode=0o700, exist_ok=True)
             self._make_room(len(data))
-            _write_atomically(path, hashlib.sha256(data).digest() + data)
+            write_atomically(path, hashlib.sha256(data).digest() + data)
 
     def get_or_make(self, key: str, make: Callable[[], bytes]) -> bytes:
         """The entry, made and kept first where it is missing; errors of `make` pass through."""
@@ -77,7 +83,7 @@ class Cache:
 
     def _entries(self) -> list[tuple[Path, os.stat_result]]:
         entries = []
-        for path in self.root.glob("??/*"):
+        for path in self.root.glob("??/*"):  # one that was not finished as well
             with contextlib.suppress(OSError):
                 entries.append((path, path.stat()))
         return entries
@@ -96,13 +102,7 @@ def default_cache() -> Cache:
     return Cache(cache_dir())
 
 
-def _write_atomically(path: Path, data: bytes) -> None:
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=".new-")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-        os.replace(name, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(name)
-        raise
+def _is_ours(directory: Path) -> bool:
+    """Whether nobody but us, and root, can have put anything there."""
+    stat = directory.stat()
+    return stat.st_uid in (os.geteuid(), 0) and not stat.st_mode & 0o022

@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .artifact import CHAT_TEMPLATE, TOKENIZER_CONFIG
+from .artifact import CHAT_TEMPLATE, SPECIAL_TOKENS, TOKENIZER_CONFIG
 from .errors import KogcError
 from .importer import MAX_CONFIG_BYTES, read_json
 
@@ -68,13 +68,13 @@ class ChatTemplate:
 
     def close(self) -> None:
         """End the process; the next rendering starts another."""
-        if self._worker is not None:
+        if self._worker is not None and self._worker.owner == os.getpid():
             self._worker.kill()
-            self._worker = None
+        self._worker = None
 
     def _ask(self, request: str) -> dict[str, str]:
         try:
-            if self._worker is None:
+            if self._worker is None or self._worker.owner != os.getpid():  # it answers the process that started it
                 self._worker = _Worker()
             return self._worker.ask(request)
         except TimeoutError:
@@ -92,6 +92,7 @@ class _Worker:
     """The process at work. TimeoutError when it does not answer in time, another OSError when it has died."""
 
     def __init__(self) -> None:
+        self.owner = os.getpid()
         code = f"import sys; sys.path[:] = {sys.path!r}; from kogc.template_worker import main; main()"
         self._process = subprocess.Popen(
             [sys.executable, "-I", "-c", code],
@@ -139,7 +140,9 @@ def _find(directory: Path) -> tuple[Path, str, dict[str, str]]:
     """(file, template, special tokens by their names in a template)."""
     config_path, own_path = directory / TOKENIZER_CONFIG, directory / CHAT_TEMPLATE
     config = read_json(config_path) if config_path.is_file() else {}
-    special = _special_tokens(config, config_path)
+    map_path = directory / SPECIAL_TOKENS
+    mapped = read_json(map_path) if map_path.is_file() else {}
+    special = {**_special_tokens(mapped, map_path), **_special_tokens(config, config_path)}
     if own_path.is_file():
         return own_path, _read_text(own_path), special
     value = config.get("chat_template")

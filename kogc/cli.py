@@ -5,7 +5,9 @@ Exit status: 0 done, 1 cannot be done, 2 wrong usage, 130 interrupted.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import io
 import os
 import signal
 import sys
@@ -70,6 +72,9 @@ class Commands(click.Group):
             return answer if isinstance(answer, int) else 0
         except KogcError as error:
             return _complain(str(error), error.exit_status)
+        except click.exceptions.NoArgsIsHelpError as error:
+            click.echo(error.format_message(), err=True)
+            return error.exit_code
         except click.ClickException as error:
             return _complain(error.format_message(), error.exit_code)
         except (Interrupted, click.Abort, KeyboardInterrupt):
@@ -77,9 +82,19 @@ class Commands(click.Group):
         except MemoryError:
             return _complain("out of memory", 1)
         except BrokenPipeError:
-            # The reader went away (`| head`): nothing to say, and nothing left to flush at exit.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            return 1
+            _forget_output()
+            return 1  # the reader went away (`| head`): nothing to say
+        except OSError as error:
+            if error.filename is None:
+                _forget_output()
+            what = error.strerror or str(error)
+            return _complain(what if error.filename is None else f"{error.filename}: {what}", 1)
+
+
+def _forget_output() -> None:
+    """What stdout did not take is not to be flushed at exit again."""
+    with contextlib.suppress(OSError):  # it may be no file
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _complain(message: str, status: int) -> int:
@@ -95,7 +110,10 @@ def cli() -> None:
 
 def main() -> None:
     """Entry point of the `kogc` command."""
-    signal.signal(signal.SIGTERM, _terminate)
+    _open_streams()
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup leaves it
+            signal.signal(number, _terminate)
     try:
         cli.main()
     except SystemExit as end:
@@ -107,6 +125,16 @@ def main() -> None:
         raise
 
 
+def _open_streams() -> None:
+    """Streams that were closed are empty ones; a character that a terminal's encoding lacks is written as an escape."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115 # for as long as the process runs
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
 def _terminate(number: int, frame: FrameType | None) -> None:
-    """SIGTERM cleans up as Ctrl-C does."""
+    """SIGTERM and SIGHUP clean up as Ctrl-C does."""
     raise KeyboardInterrupt

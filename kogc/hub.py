@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 
+from .artifact import Weights, hash_file
 from .errors import KogcError
 
 # Only what a build reads: not the .bin copies, not original/, not consolidated.safetensors.
@@ -13,6 +16,7 @@ PATTERNS = [
     "generation_config.json",
     "tokenizer.json",
     "tokenizer_config.json",
+    "special_tokens_map.json",
     "chat_template.jinja",
     "model.safetensors",
     "model.safetensors.index.json",
@@ -26,7 +30,7 @@ def resolve(model: str) -> tuple[Path, str | None]:
 
     Downloads what is missing from the cache unless HF_HUB_OFFLINE is set. KogcError when there is no such model.
     """
-    path = Path(model).expanduser()
+    path = Path(os.path.expanduser(model))  # of Path: RuntimeError where there is no such user
     if model and path.exists():
         return path, None
     match = HUB_ID.fullmatch(model)
@@ -35,6 +39,15 @@ def resolve(model: str) -> tuple[Path, str | None]:
     snapshot = _download(model, match[1], match[2])
     commit = snapshot.name if re.fullmatch(r"[0-9a-f]{40}", snapshot.name) else None
     return snapshot, commit
+
+
+def check_reference(weights: Weights, progress: Callable[[int], None] | None = None) -> Path:
+    """The directory of weights kept by reference; KogcError names a file that is not the one that was built from."""
+    root, _ = resolve(weights.location or "")
+    for name, entry in (weights.files or {}).items():
+        if hash_file(root / name, progress).sha256 != entry.sha256:
+            raise KogcError(f"{root / name}: not the file that the artifact was built from; rebuild the artifact")
+    return root
 
 
 def _download(model: str, repo: str, revision: str | None) -> Path:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
@@ -61,6 +62,21 @@ NOT_APPLIED: dict[str, tuple[object, ...]] = {
     "forced_bos_token_id": (None,),
     "forced_eos_token_id": (None,),
     "exponential_decay_length_penalty": (None,),
+    "typical_p": (None, 1),
+    "epsilon_cutoff": (None, 0),
+    "eta_cutoff": (None, 0),
+    "top_h": (None,),
+    "penalty_alpha": (None, 0),
+    "guidance_scale": (None, 1),
+    "encoder_repetition_penalty": (None, 1),
+    "renormalize_logits": (None, False),
+    "min_new_tokens": (None, 0),
+    "sequence_bias": (None,),
+    "stop_strings": (None,),
+    "force_words_ids": (None,),
+    "constraints": (None,),
+    "watermarking_config": (None,),
+    "dola_layers": (None,),
 }
 
 # Features that are not supported, with every value that means "off". None stands for null.
@@ -137,6 +153,7 @@ def spec_from_dir(path: str | Path) -> tuple[ModelSpec, Notes]:
         raise KogcError(f"{directory}: not a directory")
     source = directory / "config.json"
     spec, notes = spec_from_config(read_json(source), str(source))
+    spec = replace(spec, name=_name(os.path.abspath(directory)))  # the same from within it
     generation = directory / "generation_config.json"
     if generation.exists():
         settings = _Config(read_json(generation), str(generation))
@@ -546,8 +563,12 @@ def _generation_notes(cfg: _Config) -> Notes:
 
 def _name(source: str) -> str:
     """A spec name from a directory, a config.json inside one, or a hub id."""
-    parts = [part for part in re.split(r"[/\\]", source.split("@")[0]) if part not in ("", ".", "..", "config.json")]
-    text = re.sub(r"[^A-Za-z0-9._-]+", "-", parts[-1]).lstrip("._-").lower()[:100] if parts else ""
+    parts = [part for part in re.split(r"[/\\]", source) if part not in ("", ".", "..", "config.json")]
+    text = (
+        re.sub(r"[^A-Za-z0-9._-]+", "-", parts[-1].split("@")[0] or parts[-1]).lstrip("._-").lower()[:100]
+        if parts
+        else ""
+    )
     return text or "model"
 
 

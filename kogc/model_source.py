@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from .spec import ModelSpec, find_spec, list_specs, load_spec
 
 @dataclass(frozen=True)
 class ModelSource:
-    """directory: the checkpoint, None for a bare spec. location: as the user gave it, a hub id with its commit."""
+    """directory: the checkpoint, None for a bare spec. location: its absolute path, or a hub id with its commit."""
 
     spec: ModelSpec
     directory: Path | None
@@ -22,7 +23,7 @@ class ModelSource:
 
 def find_model(model: str) -> ModelSource:
     """Read the spec of a model and find its checkpoint; KogcError when there is no such model."""
-    path = Path(model).expanduser()
+    path = Path(os.path.expanduser(model))  # of Path: RuntimeError where there is no such user
     is_spec = model in list_specs() and not (path / "config.json").is_file()
     if is_spec or path.suffix in (".yaml", ".yml"):
         return ModelSource(load_spec(find_spec(model)), None, model, None, ())
@@ -44,4 +45,4 @@ def _checkpoint(model: str, directory: Path, hub: str | None) -> ModelSource:
     spec, notes = spec_from_dir(directory)
     if hub is not None:  # the directory in the hub's cache is named after the commit
         spec = replace(spec, name=hub.partition("@")[0].rpartition("/")[2].lower())
-    return ModelSource(spec, directory, hub or model, hub, tuple(notes))
+    return ModelSource(spec, directory, hub or os.path.abspath(directory), hub, tuple(notes))

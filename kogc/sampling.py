@@ -128,10 +128,13 @@ def _checked_bias(bias: Any) -> tuple[tuple[int, float], ...]:
 
 
 GREEDY = Sampling(temperature=0.0)
+GENERATE_TOP_K = 50  # of Transformers' generate, where nothing names another
 
 
 def sampling_from_config(path: Path) -> Sampling:
     """What a generation_config.json asks for: greedy unless do_sample is true, and what it does not name is off.
+
+    But for top_k, of which Transformers' generate then takes 50.
 
     KogcError names the file and the key at fault.
     """
@@ -145,6 +148,8 @@ def sampling_from_config(path: Path) -> Sampling:
     draws = values.get("do_sample", False)
     if not isinstance(draws, bool):
         raise KogcError(f"{path}: do_sample: {draws!r} is neither true nor false")
+    if draws:
+        values.setdefault("top_k", GENERATE_TOP_K)
     keys: Sequence[str] = ("repetition_penalty", *(FROM_CONFIG if draws else ()))
     try:
         return replace(Sampling() if draws else GREEDY, **{key: values[key] for key in keys if key in values})

@@ -87,6 +87,8 @@ def load(
         runtime = open_runtime(program, device, oversubscribe=oversubscribe)
     try:
         tokenizer = _open_tokenizer(directory)
+        if read_manifest(directory) != manifest:  # what was opened may be of either
+            raise KogcError(f"{directory}: was replaced while it was loaded: load it again")
     except BaseException:
         runtime.close()
         raise

@@ -48,8 +48,9 @@ class Steady:
         )
 
 
-def watch(runtime: Runtime, depth: int, tokens: int = TOKENS) -> Steady:
-    """Generate `tokens` tokens from `depth` over random keys and values. KogcError where the context is too short."""
+def watch(runtime: Runtime, depth: int, tokens: int | None = None) -> Steady:
+    """Generate tokens (TOKENS) from `depth` over random keys and values. KogcError where the context is too short."""
+    tokens = tokens or TOKENS
     if depth + 1 + tokens > runtime.plan.max_context:
         have = f"the artifact has {runtime.plan.max_context}"
         raise KogcError(f"--steady makes {tokens} tokens from depth {depth}: {depth + 1 + tokens} positions, {have}")

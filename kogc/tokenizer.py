@@ -12,6 +12,7 @@ from .errors import KogcError
 from .importer import read_json
 
 FILE = "tokenizer.json"
+MOST_WAITING = 64  # tokens without a character at their end: bytes that are none
 UNKNOWN = "\ufffd"  # what incomplete UTF-8 decodes to
 
 
@@ -56,6 +57,12 @@ class Tokenizer:
         """The text of token ids; bytes that are not UTF-8 become U+FFFD, ids without a token nothing."""
         return str(self._tokenizer.decode(list(tokens), skip_special_tokens=skip_special))
 
+    def is_silent(self, token: int, skip_special: bool = True) -> bool:
+        """Whether an id never has a text: it has no token, or a special one that is skipped."""
+        if self._tokenizer.id_to_token(token) is None:
+            return True
+        return skip_special and not self.decode([token]) and bool(self.decode([token], False))
+
     def stream(self, context: Sequence[int] = (), skip_special: bool = True) -> TextStream:
         """A decoder for tokens that follow `context` (the prompt), whose own text is not given again."""
         return TextStream(self, context, skip_special)
@@ -77,9 +84,11 @@ class TextStream:
 
     def push(self, token: int) -> str:
         """The text that this token completes; empty while a character is incomplete."""
+        if self._tokenizer.is_silent(token, self._skip_special):
+            return ""
         self._new.append(token)
         text = self._text()
-        if not text or text.endswith(UNKNOWN):
+        if not text or (text.endswith(UNKNOWN) and len(self._new) < MOST_WAITING):
             return ""
         self._known, self._new = self._new, []
         return text

@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .errors import KogcError
+from .files import write_atomically
 from .plan.plan import Plan
 from .resources import data_dir
 from .runtime import Request, Runtime
@@ -231,7 +232,7 @@ def write_chrome(trace: Trace, path: Path, tokens: int = FILE_TOKENS) -> None:
     """Write tokens 1 to `tokens` for ui.perfetto.dev or chrome://tracing, a track a block; gzip for a name in .gz."""
     text = json.dumps(chrome(trace, tokens), separators=(",", ":")).encode()
     try:
-        path.write_bytes(gzip.compress(text, mtime=0) if path.suffix == ".gz" else text)
+        write_atomically(path, gzip.compress(text, mtime=0) if path.suffix == ".gz" else text)
     except OSError as error:
         raise KogcError(f"{path}: {error.strerror}") from None
 

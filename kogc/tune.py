@@ -23,7 +23,9 @@ from numpy.typing import NDArray
 
 from .build import BuildOptions, build, prepare
 from .compare import LIMITS, Comparison, compare, require
-from .errors import KogcError
+from .errors import KogcError, UsageError
+from .files import check_writable
+from .model_source import find_model
 from .plan.plan import Knobs, Plan
 from .profile import GpuProfile, list_profiles
 from .runtime import Kernel, Request, Result, Runtime
@@ -323,8 +325,16 @@ def run_tune(
     reference; nothing is written then.
     """
     started = time.monotonic()
+    if not budget >= 0:  # NaN as well
+        raise UsageError(f"--budget {budget}: not a number of seconds")
     context = depth + 1 + TOKENS
+    if context > (most := find_model(model).spec.max_context):
+        raise UsageError(f"--depth {depth}: with {TOKENS} tokens more than the {most} of the model's context")
     plan = prepare(model, gpu, context, tuned=False, kv_dtype=kv_dtype).plan
+    path = out or tuned_file(plan.spec, plan.profile, kv_dtype)
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        check_writable(out)
     gpu = plan.profile.name if plan.profile.name in list_profiles() and gpu == "auto" else gpu
     start = Setting(plan.blocks, plan.knobs)
     with (
@@ -333,6 +343,9 @@ def run_tune(
     ):
         candidates = candidates_for(plan.profile, start)
         search = Search(candidates, bench.measure, bench.ahead, started + budget, report)
+        bench.measure([start], 1)
+        if why := bench.refused.get(start):
+            raise KogcError(f"tune: the setting to start from does not run here: {why}")
         best = search.run(start)
         before, after = bench.measure([start, best], FINAL_REPEATS)
         assert before is not None
@@ -344,7 +357,6 @@ def run_tune(
     how = f"medians of {FINAL_REPEATS} runs of {TOKENS} tokens in turns, random weights; comparison passed: "
     how += f"relative error {comparison.relative_error:.1e}"
     tuned = Tuned(best, Measurement(plan.spec.name, depth, before, after, share, how))
-    path = out or tuned_file(plan.spec, plan.profile, kv_dtype)
     write_tuned(path, tuned, plan.spec)
     refused = {setting.changes(start): why for setting, why in bench.refused.items()}
     return Outcome(tuned, start, tuple(search.steps), refused, comparison, path, time.monotonic() - started)

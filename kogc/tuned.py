@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .errors import KogcError
+from .files import write_text
 from .plan.plan import Knobs
 from .profile import GpuProfile
 from .resources import data_dir
@@ -155,6 +156,6 @@ def write_tuned(path: Path, tuned: Tuned, spec: ModelSpec) -> None:
     """Write the file, with its directory; KogcError where that is not possible."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(dump_tuned(tuned, spec), encoding="utf-8")
     except OSError as error:
         raise KogcError(f"{path}: {error.strerror}") from None
+    write_text(path, dump_tuned(tuned, spec))

@@ -146,7 +146,11 @@ def test_another_schema_says_rebuild(copy: Path) -> None:
 
 
 def test_another_layout_says_rebuild(copy: Path) -> None:
-    edit(copy, lambda body: body.update(slab_bytes=body["slab_bytes"] + 128))
+    def change(body: dict[str, Any]) -> None:
+        body.update(slab_bytes=body["slab_bytes"] + 128)
+        body.update(manifest_sha256=artifact._self_hash(body))
+
+    edit(copy, change)
     with pytest.raises(KogcError, match="laid out by kogc .* in another way; rebuild"):
         read_manifest(copy).plan()
 

@@ -249,7 +249,7 @@ def test_arrivals(small: Session) -> None:
 def test_bench_with_phases_trace_and_steady(
     artifact: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(steady.watch, "__defaults__", (60,))
+    monkeypatch.setattr(steady, "TOKENS", 60)
     result: dict[str, Any] = run_bench(artifact, 8, (3,), repeat=1, phases=True, trace=tmp_path / "t.json", steady=True)
     assert result["steady"]["tokens"] == 60
     assert result["profile"]["depth"] == 3

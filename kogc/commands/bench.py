@@ -42,12 +42,23 @@ def _numbers(value: str, least: int, what: str) -> list[int]:
     return numbers
 
 
+# Options that say how a model is built.
+OF_A_BUILD = {
+    "gpu": "--gpu",
+    "dummy_weights": "--dummy-weights",
+    "max_context": "--max-context",
+    "blocks": "--blocks",
+    "kv_dtype": "--kv-dtype",
+    "knobs": "--knob",
+}
+
+
 def with_knobs(start: Knobs, words: Sequence[str]) -> Knobs:
     """`start` with what the words set, NAME=N each; click.BadParameter names a word that sets nothing."""
     values = asdict(start)
     for word in words:
         name, _, value = word.partition("=")
-        if name not in values or not value.isdigit():
+        if name not in values or not (value.isascii() and value.isdecimal()):
             raise click.BadParameter(f"{word}: not NAME=N with a name of {', '.join(values)}", param_hint="--knob")
         values[name] = int(value)
     return replace(start, **values)
@@ -112,7 +123,12 @@ def command(
     from ..build import BuildOptions, build
     from ..errors import UsageError
 
-    asked = click.get_current_context().get_parameter_source("depths") != click.core.ParameterSource.DEFAULT
+    context = click.get_current_context()
+
+    def given(name: str) -> bool:
+        return context.get_parameter_source(name) != click.core.ParameterSource.DEFAULT
+
+    asked = given("depths")
     chosen: dict[str, Any] = {
         "n": count,
         "depths": depths,
@@ -125,6 +141,8 @@ def command(
         "sample": sample,
     }
     if (Path(model) / MANIFEST).is_file():
+        if options := [flag for name, flag in OF_A_BUILD.items() if given(name)]:
+            raise UsageError(f"{model} is built: {', '.join(options)} would not change it")
         _measure(Path(model), asked, as_json, **chosen)
     elif not dummy_weights:
         raise UsageError(f"{model} is not an artifact: build it first, or bench it with --dummy-weights")

@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from ..errors import KogcError
+from ..files import write_text
 
 
 def table(headers: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
@@ -56,7 +56,4 @@ def emit_text(text: str, out: Path | None) -> None:
     if out is None:
         click.echo(text, nl=False)
         return
-    try:
-        out.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise KogcError(f"{out}: {error.strerror}") from None
+    write_text(out, text)

@@ -7,7 +7,7 @@ import os
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-from ..errors import UsageError
+from ..errors import KogcError, UsageError
 from ..profile import GpuProfile
 from ..spec import ModelSpec
 from .cpu_passes import CpuPasses, cpu_passes
@@ -260,9 +260,14 @@ class Plan:
         return self.weight_bytes / bandwidth if bandwidth else 0.0
 
 
+def usable_cores() -> int:
+    """Of this machine, by this process: as many blocks has a CPU's plan unless it is given others."""
+    return len(os.sched_getaffinity(0))
+
+
 def make_plan(spec: ModelSpec, profile: GpuProfile, options: Options = Options()) -> Plan:
     """Derive the plan. Raises UsageError naming the flag when an option cannot be met."""
-    blocks = options.blocks or profile.blocks or len(os.sched_getaffinity(0))
+    blocks = options.blocks or profile.blocks or usable_cores()
     if blocks < 1 or (profile.target != "cpu" and blocks > profile.sms):
         raise UsageError(f"--blocks {blocks}: {profile.name} has {profile.sms} {profile.unit}")
     wanted = options.max_context or spec.max_context
@@ -276,8 +281,11 @@ def make_plan(spec: ModelSpec, profile: GpuProfile, options: Options = Options()
     fits = _context_that_fits(plan)
     if fits >= wanted:
         return plan
+    if fits <= 0:
+        sizes = f"{plan.weight_bytes / 1e9:.1f} GB of weights in {profile.memory_bytes / 1e9:.1f} GB of memory"
+        raise KogcError(f"{spec.name} on {profile.name}: {sizes} leave no room for a context")
     if fits < CHUNK or options.max_context:
-        raise UsageError(f"--max-context {wanted}: {spec.name} on {profile.name} has memory for {max(fits, 0)} tokens")
+        raise UsageError(f"--max-context {wanted}: {spec.name} on {profile.name} has memory for {fits} tokens")
     note = f"context limited to {fits} tokens by the memory of {profile.name} (the model's own limit: {wanted})"
     return replace(plan, max_context=fits, notes=(note,))
 

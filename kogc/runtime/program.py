@@ -11,14 +11,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .. import rope
-from ..artifact import BINARY, DUMMY, REFERENCE, WEIGHTS, FileEntry, Manifest, hash_file
-from ..errors import KogcError
+from ..artifact import BINARY, DUMMY, REFERENCE, WEIGHTS, Manifest, check_file
 from . import Program
 
 
 @contextlib.contextmanager
 def open_program(directory: Path, manifest: Manifest) -> Iterator[Program]:
     """The program of an artifact; weights kept by reference are packed into a temporary file, gone at the end."""
+    check_file(directory, BINARY, manifest)  # it is run as it is
     plan = manifest.plan()
     frequencies = rope.inv_freq(plan.spec)
     with _weights(directory, manifest) as weights:
@@ -53,16 +53,9 @@ def _weights(directory: Path, manifest: Manifest) -> Iterator[Path | None]:
 def _pack(manifest: Manifest, out: Path) -> None:
     """Pack the referenced checkpoint, if it is still what was built. KogcError names the file that changed."""
     from ..checkpoint import open_checkpoint
-    from ..hub import resolve
+    from ..hub import check_reference
     from ..packing import write_weights
 
-    root, _ = resolve(manifest.weights.location or "")
-    for name, entry in (manifest.weights.files or {}).items():
-        _check_file(root / name, entry)
+    root = check_reference(manifest.weights)
     with open_checkpoint(root, manifest.spec) as checkpoint:
         write_weights(manifest.plan(), checkpoint, out)
-
-
-def _check_file(path: Path, entry: FileEntry) -> None:
-    if hash_file(path).sha256 != entry.sha256:
-        raise KogcError(f"{path}: not the file that the artifact was built from; rebuild the artifact")

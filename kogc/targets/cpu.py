@@ -17,6 +17,7 @@ from pathlib import Path
 from ..errors import KogcError
 from ..plan.plan import Plan
 from ..render import Rendered
+from .process import run
 
 CANDIDATES = ("c++", "g++", "clang++")
 ZIG = "zig"  # the kind of compiler that the ziglang wheel brings
@@ -71,7 +72,10 @@ def compile_binary(rendered: Rendered, plan: Plan) -> bytes:
         result = _run([*command, "kernel.cpp", "-o", "kernel.so"], directory)
         if result.returncode != 0:
             raise KogcError(f"{rendered.name} does not compile with {compiler.version}: {_first_error(result)}")
-        return (directory / "kernel.so").read_bytes()
+        library = directory / "kernel.so"
+        if not library.is_file():
+            raise KogcError(f"{compiler.version} made no library of {rendered.name}: is it a C++ compiler?")
+        return library.read_bytes()
 
 
 def _options(compiler: Compiler, arch: str) -> list[str]:
@@ -117,10 +121,9 @@ def _ask(command: tuple[str, ...]) -> Compiler | None:
 
 
 def _run(command: list[str], directory: Path | None) -> subprocess.CompletedProcess[str]:
-    try:
-        return subprocess.run(command, cwd=directory, capture_output=True, text=True, errors="replace", timeout=SECONDS)
-    except (OSError, subprocess.TimeoutExpired) as error:
-        raise KogcError(f"{command[0]}: {error}") from None
+    done = run(command, SECONDS, directory)
+    out, err = (text.decode(errors="replace") for text in (done.stdout, done.stderr))
+    return subprocess.CompletedProcess(command, done.returncode, out, err)
 
 
 def _first_error(result: subprocess.CompletedProcess[str]) -> str:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import importlib.metadata
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -19,6 +18,7 @@ from ..profile import HIP_ARCHS
 from ..render import Rendered
 from . import hiprtc
 from .code_object import read_kernels
+from .process import run
 
 ZIG = "ziglang"
 SECONDS = 900  # a compile that takes longer is stuck
@@ -97,12 +97,9 @@ def _assembly(rendered: Rendered, plan: Plan, directory: Path) -> Path:
 
 def _zig(arguments: list[str], directory: Path, name: str) -> None:
     command = [sys.executable, "-m", ZIG, *arguments]
-    try:
-        done = subprocess.run(command, cwd=directory, capture_output=True, text=True, errors="replace", timeout=SECONDS)
-    except (OSError, subprocess.TimeoutExpired) as error:
-        raise KogcError(f"{ZIG}: {error}") from None
+    done = run(command, SECONDS, directory)
     if done.returncode != 0:
-        lines = done.stderr.strip().splitlines()
+        lines = done.stderr.decode(errors="replace").strip().splitlines()
         errors = [line for line in lines if "error" in line] or lines or [f"exit status {done.returncode}"]
         raise KogcError(f"{name} does not compile with {version()}: {errors[0].strip()}")
 

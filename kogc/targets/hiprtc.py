@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import KogcError
+from .process import run
 
 SECONDS = 900  # a compile that takes longer is stuck
 TRIAL = 'extern "C" __attribute__((global)) void trial() {}'
@@ -47,11 +48,7 @@ def find(archs: Sequence[str]) -> str | None:
 
 
 def _run(arguments: Sequence[str], job: bytes) -> subprocess.CompletedProcess[bytes]:
-    command = [sys.executable, "-m", __name__, *arguments]
-    try:
-        return subprocess.run(command, input=job, capture_output=True, timeout=SECONDS)
-    except (OSError, subprocess.TimeoutExpired) as error:
-        raise KogcError(f"hipRTC: {error}") from None
+    return run([sys.executable, "-m", __name__, *arguments], SECONDS, job=job)
 
 
 class _Library:
