@@ -137,6 +137,8 @@ def prepare(
         # A CPU's size is a fact of the machine at hand: it decides the plan, but the profile is kept as it is.
         here = replace(profile, memory_bytes=profile.memory_bytes or _machine_memory())
         plan = replace(_checked_plan(source.spec, here, options), profile=profile)
+        if plan.blocks > (cores := usable_cores()):
+            notes.append(f"{plan.blocks} blocks need as many cores: this machine, which has {cores}, will not run it")
     return Prepared(source, plan, (*notes, *source.notes, *plan.notes))
 
 

@@ -48,7 +48,7 @@ def examine() -> dict[str, Any]:
         "cache": cache_report(),
         "hub_cache": hub_cache(),
         "builds": [target for target, compiler in builds.items() if compiler],
-        "runs": [d["profile"] for d in (*devices["devices"], *hip["devices"], cpu) if d["profile"]],
+        "runs": [*(d["profile"] for d in (*devices["devices"], *hip["devices"]) if d["profile"]), *cpu["profiles"]],
     }
 
 
@@ -117,13 +117,15 @@ def cxx_compilers() -> list[dict[str, str]]:
 
 def cpu_report() -> dict[str, Any]:
     """Cores that this process may use, CPU features that matter to profiles, and the profile that fits best."""
-    from .targets.detect import detect_cpu_profile
+    from .targets.detect import detect_cpu_profile, fitting_profiles
 
+    features = _attempt(_cpu_features) or []
     return {
         "machine": _cpu_name(),
         "cores": len(os.sched_getaffinity(0)),
-        "features": _attempt(_cpu_features) or [],
+        "features": features,
         "profile": _attempt(detect_cpu_profile),
+        "profiles": fitting_profiles(features),
     }
 
 
@@ -131,7 +133,8 @@ def cache_report() -> dict[str, Any]:
     entries, size = default_cache().size()
     place = cache_dir()
     above = next(p for p in (place, *place.absolute().parents) if p.exists())
-    return {"dir": str(place), "entries": entries, "bytes": size, "writable": os.access(above, os.W_OK)}
+    writable = above.is_dir() and os.access(above, os.W_OK)
+    return {"dir": str(place), "entries": entries, "bytes": size, "writable": writable}
 
 
 def hub_cache() -> str:

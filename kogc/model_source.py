@@ -23,6 +23,8 @@ class ModelSource:
 
 def find_model(model: str) -> ModelSource:
     """Read the spec of a model and find its checkpoint; KogcError when there is no such model."""
+    if not model:
+        raise KogcError("the model is an empty name")
     path = Path(os.path.expanduser(model))  # of Path: RuntimeError where there is no such user
     is_spec = model in list_specs() and not (path / "config.json").is_file()
     if is_spec or path.suffix in (".yaml", ".yml"):

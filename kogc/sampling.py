@@ -140,7 +140,9 @@ def sampling_from_config(path: Path) -> Sampling:
     """
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        raise KogcError(f"{path}: {error.strerror}") from None
+    except ValueError as error:
         raise KogcError(f"{path}: {error}") from None
     if not isinstance(config, dict):
         raise KogcError(f"{path}: expected an object")

@@ -78,7 +78,7 @@ def load(
     oversubscribe (CPU): allow more blocks than cores, at a fraction of the speed.
     sampling: how tokens are chosen where a call does not say; None: as the model's generation_config.json asks.
     """
-    directory = Path(path)
+    device, directory = _integer(device, "device"), Path(path)
     manifest = read_manifest(directory)
     if sampling is None:
         config = directory / GENERATION_CONFIG
@@ -221,7 +221,7 @@ class Session:
         (CPU, AMD GPUs, FP16 weights) they are made one after the other, each from the prompt that the first has left in
         the cache. seconds of each Generation: what all took together.
         """
-        count = operator.index(n)
+        count = _integer(n, "n")
         if not 1 <= count <= MOST_SAMPLES:
             raise KogcError(f"n: {count} is not from 1 to {MOST_SAMPLES}")
         request, at_limit = self._request(prompt, max_new_tokens, stop, sampling)
@@ -286,13 +286,15 @@ class Session:
         room = self.max_context - len(tokens)
         if room < 1:
             raise KogcError(f"the prompt has {len(tokens)} tokens, the context {self.max_context}: no room to continue")
-        wanted = operator.index(max_new_tokens)
+        wanted = _integer(max_new_tokens, "max_new_tokens")
         if wanted < 1:
             raise KogcError(f"max_new_tokens: {wanted} must be at least 1")
         stops = self.stop_tokens if stop is None else self._ids(stop, "stop")
         if len(stops) > STOP_TOKENS:
             raise KogcError(f"stop: {len(stops)} tokens, the kernel watches for at most {STOP_TOKENS}")
         chosen = self.sampling if sampling is None else sampling
+        if not isinstance(chosen, Sampling):
+            raise KogcError(f"sampling: {chosen!r} is not a kogc.sampling.Sampling")
         chosen.check_tokens(self.spec.vocab)
         request = Request(tokens, 0, min(wanted, room), stops, sampling=chosen)
         return request, "context" if wanted > room else "length"
@@ -313,7 +315,8 @@ class Session:
         return self.tokenizer
 
     def _stop_strings(self, values: Sequence[str]) -> StopStrings:
-        if isinstance(values, str) or not all(isinstance(value, str) for value in values):
+        many = isinstance(values, Sequence) and not isinstance(values, str)
+        if not many or not all(isinstance(value, str) for value in values):
             raise KogcError("stop_strings: expected a sequence of strings")
         if not all(values):
             raise KogcError("stop_strings: a string is empty")
@@ -469,6 +472,13 @@ class Samples:
             self._ended[sample] = True
             self._made[sample] = replace(made, finish_reason="stop")
             self._runtime.end_sample(sample)
+
+
+def _integer(value: object, what: str) -> int:
+    try:
+        return operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        raise KogcError(f"{what}: {value!r} is not an integer") from None
 
 
 def _drawn_with(request: Request, sample: int) -> Request:

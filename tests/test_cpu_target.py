@@ -101,6 +101,7 @@ def test_best_profile() -> None:
     assert detect.best_profile(features - {"avx512_bf16"}) == "cpu-avx512"
     assert detect.best_profile(features - {"avx512vl"}) == "cpu-avx2"
     assert detect.best_profile(features - {"fma"}) is None
+    assert detect.fitting_profiles(features) == ["cpu-avx2", "cpu-avx512", "cpu-avx512-bf16"]
 
 
 def test_machine_without_avx2(monkeypatch: pytest.MonkeyPatch) -> None:

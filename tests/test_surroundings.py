@@ -23,6 +23,7 @@ from kogc.chat import ChatTemplate
 from kogc.errors import KogcError
 from kogc.files import write_atomically
 from kogc.importer import spec_from_dir
+from kogc.plan.plan import usable_cores
 from kogc.sampling import sampling_from_config
 from kogc.session import load
 from kogc.targets import process
@@ -237,6 +238,28 @@ def test_a_cache_that_others_can_write_is_not_believed(tmp_path: Path) -> None:
     cache.root.chmod(0o700)
     (cache.root / key[:2]).chmod(0o720)
     assert cache.get(key) is None
+
+
+def test_a_device_is_a_gpus_number(built: Path) -> None:
+    for device, words in ((7, "device 7: this artifact runs on the CPU"), ("cuda", "device: 'cuda' is not an integer")):
+        with pytest.raises(KogcError, match=words):
+            load(built, device)  # type: ignore[arg-type]
+
+
+def test_more_blocks_than_cores_are_remarked(checkpoint: Path) -> None:
+    blocks = usable_cores() + 1
+    shown = kogc_cli("plan", checkpoint, "--gpu", GPU, "--blocks", blocks)
+    assert f"{blocks} blocks need as many cores" in shown.stderr
+
+
+@pytest.mark.parametrize("word", ["x", "1_0", "٣", "-1", "1,,x"])
+def test_tokens_are_plain_numbers(built: Path, word: str) -> None:
+    assert f"-t {word}: not a list of token ids" in fails(2, "run", built, f"--tokens={word}")
+
+
+def test_empty_names(built: Path) -> None:
+    assert "empty name" in fails(1, "plan", "")
+    assert "empty name" in fails(1, "run", built, "-f", "")
 
 
 # --- what a checkpoint says

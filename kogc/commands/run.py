@@ -130,10 +130,10 @@ def _prompt(text: str | None, file: str | None, tokens: str | None) -> str | Seq
     if text is not None:
         return text
     if tokens is not None:
-        try:
-            return [int(word) for word in tokens.split(",") if word.strip()]
-        except ValueError:
-            raise UsageError(f"-t {tokens}: not a list of token ids such as 1,15,7") from None
+        words = [word.strip() for word in tokens.split(",") if word.strip()]
+        if not all(word.isascii() and word.isdecimal() for word in words):
+            raise UsageError(f"-t {tokens}: not a list of token ids such as 1,15,7")
+        return [int(word) for word in words]
     assert file is not None
     return read_text(file)
 

@@ -9,6 +9,8 @@ from ..errors import KogcError
 
 def read_text(file: str) -> str:
     """The whole file; KogcError names it where it cannot be read, or is not UTF-8."""
+    if not file:
+        raise KogcError("the text's file is an empty name")
     try:
         with click.open_file(file, "rb") as stream:
             data: bytes = stream.read()

@@ -456,6 +456,8 @@ def open_runtime(program: Program, device: int = 0, oversubscribe: bool = False)
         from .hip import HipRuntime
 
         return HipRuntime(program, device)
+    if device:
+        raise KogcError(f"device {device}: this artifact runs on the CPU, which has no number")
     from .cpu import CpuRuntime
 
     return CpuRuntime(program, oversubscribe)

@@ -229,7 +229,9 @@ def _map_file(path: Path, count: int) -> NDArray[np.uint8]:
     try:
         with path.open("rb") as file:
             memory = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        raise KogcError(f"{path}: {error.strerror}") from None
+    except ValueError as error:
         raise KogcError(f"{path}: {error}") from None
     if len(memory) < count:
         raise KogcError(f"{path}: {len(memory)} bytes, too few; rebuild the artifact")

@@ -19,9 +19,14 @@ def detect_cpu_profile() -> str:
 
 def best_profile(features: Iterable[str]) -> str | None:
     """The profile for a processor with these features; None where it lacks some of every profile's."""
+    fitting = fitting_profiles(features)
+    return fitting[-1] if fitting else None
+
+
+def fitting_profiles(features: Iterable[str]) -> list[str]:
+    """The CPU profiles whose features these include, those that ask for most last."""
     have = set(features)
-    fitting = [p for p in _cpu_profiles() if have.issuperset(p.flags)]
-    return max(fitting, key=lambda p: len(p.flags)).name if fitting else None
+    return [p.name for p in sorted(_cpu_profiles(), key=lambda p: len(p.flags)) if have.issuperset(p.flags)]
 
 
 def _cpu_profiles() -> list[GpuProfile]:
