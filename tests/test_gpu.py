@@ -20,6 +20,7 @@ from sampling_reference import choice, processed
 import kogc
 from kogc.bench import run_bench
 from kogc.build import BuildOptions, build
+from kogc.errors import KogcError
 from kogc.prefix_cache import shared_length
 from kogc.runtime import Request
 from kogc.sampling import Sampling
@@ -396,6 +397,39 @@ def test_an_artifact_is_opened_and_closed_many_times(small: Model) -> None:
             session.logits([3, 4, 5])
         free.append(_free_memory())
     assert free[-1] == free[1]
+
+
+@pytest.mark.parametrize("small", ["llama"], indirect=True)
+def test_a_session_is_closed_under_a_stream(small: Model) -> None:
+    """The kernel ends before its memory goes, and the next session finds a sound device."""
+    artifact = small.checkpoint.parent / "artifact"
+    session = kogc.load(artifact)
+    stream = session.stream([5], 300, stop=())
+    first = next(stream).token
+    session.close()
+    with pytest.raises(KogcError, match="closed"):
+        while True:
+            next(stream)
+    with kogc.load(artifact) as again:
+        assert again.generate([5], 1, stop=()).tokens == [first]
+
+
+@pytest.mark.parametrize("small", ["llama", "llama-fp16", "qwen3-hd128"], indirect=True)
+def test_numbers_that_are_none_end_with_their_text(small: Model) -> None:
+    """A token whose embedding is infinite spoils its own text, run in passes, and none after it."""
+    session, bad, good = small.session, 11, [5, 9, 2]
+    infinity = np.full(1, 0x7C00 if session.spec.dtype == "fp16" else 0x7F80, np.uint16)
+    row = session.runtime.program.operand("embedding").offset + bad * session.spec.hidden * 2
+    before = session.runtime.download("embedding", row - session.runtime.program.operand("embedding").offset, 2)
+    cold, tokens = session.logits(good), session.generate(good, 9, stop=()).tokens
+    try:
+        session.runtime.upload(row, memoryview(infinity.tobytes()))
+        assert not np.isfinite(session.logits([*good, bad, 7, 8])).all()
+        session.generate([*range(20, 60), bad, *range(20, 60)], 3, stop=())
+        np.testing.assert_array_equal(session.logits(good), cold)
+        assert session.generate(good, 9, stop=()).tokens == tokens
+    finally:
+        session.runtime.upload(row, memoryview(before.tobytes()))
 
 
 def _free_memory() -> int:
