@@ -83,7 +83,7 @@ class Cache:
 
     def _entries(self) -> list[tuple[Path, os.stat_result]]:
         entries = []
-        for path in self.root.glob("??/*"):  # one that was not finished as well
+        for path in self.root.glob("??/*"):  # unfinished ones too: they go in time
             with contextlib.suppress(OSError):
                 entries.append((path, path.stat()))
         return entries

@@ -127,7 +127,7 @@ def test_fp8_numbers_are_those_of_numpy(tmp_path: Path) -> None:
     lib = ctypes.CDLL(str(library))
     lib.divisor.restype = lib.scale.restype = ctypes.c_float
     rng = np.random.default_rng(0)
-    ends = np.concatenate([DECODED[:127], (DECODED[:126] + DECODED[1:127]) / 2, [447, 463, 500, 1e9]])
+    ends = np.concatenate([DECODED[:127], (DECODED[:126] + DECODED[1:127]) / 2, [447, 463, 500, 1e9, np.inf, np.nan]])
     x = np.concatenate([rng.normal(0, 1, 20000) * 2.0 ** rng.integers(-14, 9, 20000), ends, -ends]).astype(np.float32)
     got = np.zeros(len(x), np.uint16)
     lib.codes(x.ctypes.data_as(ctypes.c_void_p), got.ctypes.data_as(ctypes.c_void_p), len(x))
