@@ -204,7 +204,7 @@ BUGS = {
     "blocks do not wait for one another": (
         "even",
         "cuda/pass_layout.cuh",
-        "(RELEASED ? load_acquired(count) : load_word(count)) >= needed",
+        "((RELEASED ? load_acquired(count) : load_word(count)) - needed) >= 0",
         "needed > 0",
     ),
     "activations are taken that have not come": (

@@ -66,10 +66,10 @@ def test_limits_themselves_are_allowed() -> None:
     [
         ("{}", GREEDY),
         ('{"temperature": 0.6, "top_p": 0.9}', GREEDY),  # nothing is drawn unless do_sample says so
-        ('{"do_sample": true}', Sampling()),
+        ('{"do_sample": true}', Sampling(top_k=50)),  # as generate() takes where nothing names another
         ('{"do_sample": true, "temperature": 0.6, "top_k": 20, "top_p": null}', Sampling(temperature=0.6, top_k=20)),
         ('{"do_sample": false, "repetition_penalty": 1.1}', replace(GREEDY, repetition_penalty=1.1)),
-        ('{"do_sample": true, "min_p": 0.1, "eos_token_id": 3}', Sampling(min_p=0.1)),
+        ('{"do_sample": true, "min_p": 0.1, "eos_token_id": 3}', Sampling(top_k=50, min_p=0.1)),
     ],
 )
 def test_what_a_model_asks_for(tmp_path: Path, text: str, expected: Sampling) -> None:
