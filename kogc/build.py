@@ -165,11 +165,11 @@ def _checked_plan(spec: ModelSpec, profile: GpuProfile, options: Options) -> Pla
     plan = make_plan(spec, profile, options)
     try:
         check(plan)
-    except KogcError as error:
+    except KogcError:
         fewer = (most,) if plan.blocks > most else tuple(plan.blocks * eighths // 8 for eighths in (7, 6, 5, 4))
         few = next(filter(None, (_sound(spec, profile, options, blocks) for blocks in fewer)), None)
         if few is None or (options.blocks is not None and plan.blocks <= most):
-            raise error
+            raise
         if options.blocks is not None:
             raise UsageError(idle) from None
         instead = f"{few.blocks} blocks, not the {plan.blocks} of {profile.name}"

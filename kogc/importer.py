@@ -564,12 +564,8 @@ def _generation_notes(cfg: _Config) -> Notes:
 def _name(source: str) -> str:
     """A spec name from a directory, a config.json inside one, or a hub id."""
     parts = [part for part in re.split(r"[/\\]", source) if part not in ("", ".", "..", "config.json")]
-    text = (
-        re.sub(r"[^A-Za-z0-9._-]+", "-", parts[-1].split("@")[0] or parts[-1]).lstrip("._-").lower()[:100]
-        if parts
-        else ""
-    )
-    return text or "model"
+    last = parts[-1].split("@")[0] if parts else ""
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", last).lstrip("._-").lower()[:100] or "model"
 
 
 def _show(value: object) -> str:

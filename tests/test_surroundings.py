@@ -112,10 +112,11 @@ def test_a_closed_terminal_ends_a_build(checkpoint: Path, tmp_path: Path) -> Non
 
 def test_what_a_compiler_has_started_ends_with_it(tmp_path: Path) -> None:
     script = tmp_path / "compiler"
-    script.write_text('#!/bin/sh\ntrap \'touch "$0.told"; exit 1\' TERM\nsleep 60 & echo $! > "$0.child"; wait\n')
+    deaf = "(trap '' TERM; exec sleep 60) & echo $! > \"$0.child\""
+    script.write_text(f"#!/bin/sh\ntrap 'touch \"$0.told\"; exit 1' TERM\n{deaf}; wait\n")
     script.chmod(0o755)
-    with pytest.raises(KogcError, match="timed out"):
-        process.run([str(script)], 1.0)
+    with pytest.raises(KogcError, match="^it: .*timed out"):
+        process.run("it", [str(script)], 1.0)
     assert Path(f"{script}.told").exists()
     child = int(Path(f"{script}.child").read_text())
     for _ in range(100):

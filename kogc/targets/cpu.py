@@ -121,7 +121,7 @@ def _ask(command: tuple[str, ...]) -> Compiler | None:
 
 
 def _run(command: list[str], directory: Path | None) -> subprocess.CompletedProcess[str]:
-    done = run(command, SECONDS, directory)
+    done = run(command[0], command, SECONDS, directory)
     out, err = (text.decode(errors="replace") for text in (done.stdout, done.stderr))
     return subprocess.CompletedProcess(command, done.returncode, out, err)
 

@@ -97,7 +97,7 @@ def _assembly(rendered: Rendered, plan: Plan, directory: Path) -> Path:
 
 def _zig(arguments: list[str], directory: Path, name: str) -> None:
     command = [sys.executable, "-m", ZIG, *arguments]
-    done = run(command, SECONDS, directory)
+    done = run(ZIG, command, SECONDS, directory)
     if done.returncode != 0:
         lines = done.stderr.decode(errors="replace").strip().splitlines()
         errors = [line for line in lines if "error" in line] or lines or [f"exit status {done.returncode}"]

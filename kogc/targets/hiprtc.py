@@ -48,7 +48,7 @@ def find(archs: Sequence[str]) -> str | None:
 
 
 def _run(arguments: Sequence[str], job: bytes) -> subprocess.CompletedProcess[bytes]:
-    return run([sys.executable, "-m", __name__, *arguments], SECONDS, job=job)
+    return run("hipRTC", [sys.executable, "-m", __name__, *arguments], SECONDS, job=job)
 
 
 class _Library:
