@@ -288,6 +288,10 @@ def test_limited_context_is_said() -> None:
         (["run", "x", "-p", "a", "--temperature", "-1"], "--temperature: -1.0 is not from 0 to 1000"),
         (["run", "x", "-p", "a", "--top-k", "1.5"], "'--top-k'"),
         (["run", "x", "-p", "a", "--greedy", "--min-p", "0.1"], "--greedy and --min-p exclude each other"),
+        (
+            ["run", "x", "-p", "a", "--temperature", "0", "--top-k", "3"],
+            "--temperature 0 and --top-k exclude each other",
+        ),
         (["run", "x", "-p", "a", "--samples", "0"], "'--samples'"),
         (["run", "x", "-p", "a", "--samples", "17"], "'--samples'"),
         (["run", "x", "--chat", "--samples", "2"], "--chat and --samples exclude each other"),

@@ -100,9 +100,10 @@ def _check(given: dict[str, float], greedy: bool) -> None:
     from ..errors import KogcError, UsageError
     from ..sampling import Sampling
 
-    drawing = [name for name in ("temperature", *DRAWING) if name in given]
-    if greedy and drawing:
-        raise UsageError(f"--greedy and --{drawing[0].replace('_', '-')} exclude each other")
+    largest = "--greedy" if greedy else "--temperature 0" if given.get("temperature") == 0 else None
+    drawing = [name for name in (*(["temperature"] if greedy else []), *DRAWING) if name in given]
+    if largest and drawing:
+        raise UsageError(f"{largest} and --{drawing[0].replace('_', '-')} exclude each other")
     try:
         Sampling(**given)  # type: ignore[arg-type]
     except KogcError as error:
