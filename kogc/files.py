@@ -1,10 +1,11 @@
-"""Writing files so that each is there whole or not at all."""
+"""Writing files: each whole or not at all, and the files of a source into a folder."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import secrets
+from collections.abc import Mapping
 from pathlib import Path
 
 from .errors import KogcError
@@ -33,6 +34,14 @@ def write_text(path: Path, text: str) -> None:
         write_atomically(path, text.encode())
     except OSError as error:
         raise KogcError(f"{path}: {error.strerror}") from None
+
+
+def write_tree(folder: Path, texts: Mapping[str, str]) -> None:
+    """Texts by their names, which may lie in folders of their own, into a scratch folder."""
+    for name, text in texts.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
 
 
 def check_writable(path: Path) -> None:

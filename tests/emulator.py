@@ -19,6 +19,7 @@ import numpy as np
 
 from kogc import rope
 from kogc.checkpoint import open_checkpoint
+from kogc.files import write_tree
 from kogc.packing import operands, write_weights
 from kogc.plan.plan import Plan
 from kogc.plan.samples import own_pages, page_bytes
@@ -77,9 +78,7 @@ def build(plan: Plan, patch: Patch | None = None) -> Path:
     folder = Path(_scratch().name) / digest
     library = folder / "kernel.so"
     if not library.exists():
-        for name, text in files.items():
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            (folder / name).write_text(text)
+        write_tree(folder, files)
         compile_cpp(folder / "kernel.cpp", flags, library)
     return library
 

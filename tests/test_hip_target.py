@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -231,8 +232,13 @@ def test_an_old_hiprtc_that_dies_is_passed_over(tmp_path: Path, monkeypatch: pyt
     assert hiprtc.find(["gfx942"]) == "7.1"
     assert hiprtc.find(["gfx942", "gfx950"]) is None
     assert hip.version().startswith("ziglang ")
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(scratch))
+    monkeypatch.setenv("TMPDIR", str(scratch))
     with pytest.raises(KogcError, match="hipRTC: .*"):
-        hiprtc.compile_in_process("k", "", {}, ["--offload-arch=gfx950"])
+        hiprtc.compile_in_process("k", "", {"a/b.h": ""}, ["--offload-arch=gfx950"])
+    assert list(scratch.iterdir()) == []
 
 
 def test_without_any_compiler_there_is_one_clear_line(monkeypatch: pytest.MonkeyPatch) -> None:

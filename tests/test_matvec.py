@@ -5,13 +5,12 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
-import tempfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 import random_checkpoint as rc
-from emulated_cases import SMALL, Case, plan_of
+from emulated_cases import SMALL, Case, folder, plan_of
 from emulator import Buffer, Emulated, EmulatorError
 
 from kogc.checkpoint import to_float32
@@ -68,8 +67,7 @@ CASES = {
 @functools.cache
 def planned(name: str) -> tuple[Plan, Path]:
     case = CASES[name]
-    folder = Path(tempfile.mkdtemp(prefix="kogc-matvec-"))
-    checkpoint = rc.make(folder / name, case.family, **case.overrides)
+    checkpoint = rc.make(Path(folder().name) / "matvec" / name, case.family, **case.overrides)
     return plan_of(case, checkpoint), checkpoint
 
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import KogcError
+from ..files import write_tree
 from ..plan.plan import Plan
 from ..render import Rendered
 from .process import run
@@ -62,11 +63,7 @@ def compile_binary(rendered: Rendered, plan: Plan) -> bytes:
     compiler = _compiler(os.environ.get("CXX", ""))
     with tempfile.TemporaryDirectory(prefix="kogc-") as scratch:
         directory = Path(scratch)
-        for name, text in rendered.headers.items():
-            path = directory / name
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(text)
-        (directory / "kernel.cpp").write_text(rendered.source)
+        write_tree(directory, {**rendered.headers, "kernel.cpp": rendered.source})
         # The same names in every directory: nothing in the library tells where it was built.
         command = [*compiler.command, *_options(compiler, plan.profile.arch), "-I.", f"-ffile-prefix-map={scratch}=."]
         result = _run([*command, "kernel.cpp", "-o", "kernel.so"], directory)

@@ -13,6 +13,7 @@ import tempfile
 from pathlib import Path
 
 from ..errors import KogcError
+from ..files import write_tree
 from ..plan.plan import Plan
 from ..profile import HIP_ARCHS
 from ..render import Rendered
@@ -85,10 +86,7 @@ def _compile_with_clang(rendered: Rendered, plan: Plan) -> bytes:
 
 
 def _assembly(rendered: Rendered, plan: Plan, directory: Path) -> Path:
-    for name, text in {**rendered.headers, "kernel.hip": rendered.source}.items():
-        path = directory / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
+    write_tree(directory, {**rendered.headers, "kernel.hip": rendered.source})
     # The same names in every directory: nothing in the code object tells where it was built.
     flags = [*CLANG_FLAGS, *options(plan), "-I.", "-S", "kernel.hip", "-o", "kernel.s"]
     _zig(["clang", *flags], directory, rendered.name)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import KogcError
+from ..files import write_tree
 from .process import run
 
 SECONDS = 900  # a compile that takes longer is stuck
@@ -23,8 +24,10 @@ TRIAL = 'extern "C" __attribute__((global)) void trial() {}'
 
 def compile_in_process(name: str, source: str, headers: dict[str, str], options: Sequence[str]) -> bytes:
     """The code object of a source. KogcError with the compiler's first error, or saying that it died."""
-    job = json.dumps({"name": name, "source": source, "headers": headers, "options": [*options]})
-    done = _run(["compile"], job.encode())
+    with tempfile.TemporaryDirectory(prefix="kogc-") as scratch:  # made here: a process that dies removes nothing
+        write_tree(Path(scratch), headers)
+        job = json.dumps({"name": name, "source": source, "options": [*options, f"-I{scratch}"]})
+        done = _run(["compile"], job.encode())
     if done.returncode == 0:
         return done.stdout
     lines = done.stderr.decode(errors="replace").strip().splitlines()
@@ -71,13 +74,8 @@ class _Library:
 
     def compile(self, job: dict[str, Any]) -> bytes:
         program = self.call("hiprtcCreateProgram", job["source"].encode(), job["name"].encode(), 0, None, None)
-        with tempfile.TemporaryDirectory(prefix="kogc-") as scratch:
-            for name, text in job["headers"].items():
-                path = Path(scratch) / name
-                path.parent.mkdir(parents=True, exist_ok=True)
-                path.write_text(text)
-            flags = [option.encode() for option in (*job["options"], f"-I{scratch}")]
-            (status,) = self.api.hiprtcCompileProgram(program, len(flags), flags)
+        flags = [option.encode() for option in job["options"]]
+        (status,) = self.api.hiprtcCompileProgram(program, len(flags), flags)
         if status != self.api.hiprtcResult.HIPRTC_SUCCESS:
             log = bytearray(self.call("hiprtcGetProgramLogSize", program))
             self.call("hiprtcGetProgramLog", program, log)
