@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import numpy as np
 import pytest
 
 from kogc.errors import KogcError
@@ -104,11 +105,12 @@ def test_shared_memory_beyond_the_profile() -> None:
     refused(with_cached(plan, memory=memory), "shared memory: 232464 bytes")
 
 
-@pytest.mark.parametrize(("name", "words"), [("activation", "activation has"), ("barriers", "barriers has")])
-def test_a_region_too_small(name: str, words: str) -> None:
+@pytest.mark.parametrize("name", ["ring", "activation", "partial", "reduce", "barriers"])
+def test_a_region_too_small(name: str) -> None:
     plan = plan_of()
-    regions = tuple(dataclasses.replace(r, bytes=16) if r.name == name else r for r in plan.memory.regions)
-    refused(with_cached(plan, memory=dataclasses.replace(plan.memory, regions=regions)), words)
+    size = 432 if name == "reduce" else plan.memory[name].bytes - 16  # the only one that has bytes to spare
+    regions = tuple(dataclasses.replace(r, bytes=size) if r.name == name else r for r in plan.memory.regions)
+    refused(with_cached(plan, memory=dataclasses.replace(plan.memory, regions=regions)), f"{name} has {size} of")
 
 
 def test_overlapping_regions() -> None:
@@ -219,6 +221,26 @@ def test_without_the_exchanges_after_attention_queries_are_overwritten_too_soon(
         KogcError, match="exchange (qkv|partial): block [0-9]+ may rewrite it before block [0-9]+ has read it"
     ):
         check_order(64, actions, "none of them")
+
+
+def test_what_blocks_read_of_attention() -> None:
+    """Two tiles of six query heads to a KV head, 16 splits: a block of each of the first three reads six queries."""
+    plan = plan_of(64, Knobs(gather_splits=1), heads=24, kv_heads=2)
+    graph, nobody = Graph(plan), 63
+    graph.owners["qkv"] = np.repeat(np.arange(28), 64)  # as if each vector were of a block of its own
+    heads = np.repeat(np.arange(24), 16 * 68).reshape(24, 16, 68)
+    heads[:, 3:] = nobody
+    graph.owners["partial"] = heads.reshape(-1)
+    _, queries, _, combined, *_ = graph.layer(3)
+    for block in range(64):
+        unit, split = divmod(block, 16)
+        new = [24 + unit // 2, 26 + unit // 2] if split == 2 else []  # the newest split adds the new key and value
+        read = [*range(6 * unit, 6 * unit + 6), *new] if split < 3 else []
+        assert np.flatnonzero(queries.reads[block]).tolist() == read
+        assert np.flatnonzero(combined.reads[block]).tolist() == ([block] if block < 24 else [])
+    graph.plan = dataclasses.replace(plan, knobs=Knobs(gather_splits=3))
+    gathered = graph.layer(3)[3]
+    assert all(np.flatnonzero(row).tolist() == [*range(24)] for row in gathered.reads)
 
 
 def test_a_slot_used_again_right_after_it_was_read_is_found() -> None:
