@@ -13,6 +13,7 @@ from .importer import read_json
 
 FILE = "tokenizer.json"
 MOST_WAITING = 64  # tokens without a character at their end: bytes that are none
+MOST_BYTES = 4  # of a character in UTF-8
 UNKNOWN = "\ufffd"  # what incomplete UTF-8 decodes to
 
 
@@ -79,7 +80,7 @@ class TextStream:
         self._skip_special = skip_special
         # A token's text can depend on its neighbours (a word's space is dropped at the start of a text, bytes join to
         # characters), so new tokens are decoded after those whose text was given last.
-        self._known = list(context)
+        self._known = self._from_a_character(list(context))
         self._new: list[int] = []
 
     def push(self, token: int) -> str:
@@ -98,6 +99,16 @@ class TextStream:
         text = self._text() if self._new else ""
         self._known, self._new = self._known + self._new, []
         return text
+
+    def _from_a_character(self, tokens: list[int]) -> list[int]:
+        """A context without the rest of a character that it was cut off from.
+
+        Where bytes are tokens, a run of them that begins within a character decodes to no character at all.
+        """
+        for start in range(min(MOST_BYTES, len(tokens))):
+            if not self._decode(tokens[start:]).startswith(UNKNOWN):
+                return tokens[start:]
+        return tokens
 
     def _text(self) -> str:
         known = self._decode(self._known)

@@ -101,6 +101,15 @@ def test_a_broken_byte_does_not_take_back_a_character(sentencepiece: Tokenizer) 
     assert "".join(pieces(sentencepiece, tokens, [])) == "é\ufffdab"
 
 
+@pytest.mark.parametrize("kind", ["byte_level", "sentencepiece"])
+def test_a_context_may_begin_within_a_character(kind: str, request: pytest.FixtureRequest) -> None:
+    tokenizer = request.getfixturevalue(kind)
+    prompt = tokenizer.encode("ကခဂငစ" * 4, special=False)  # three bytes each: cut anywhere
+    for length in range(4, 40):
+        new = tokenizer.encode("ကa", special=False)[-4:]
+        assert "".join(pieces(tokenizer, new, prompt[-length:])) == "ကa", length
+
+
 def test_special_tokens_as_the_post_processor_says(byte_level: Tokenizer) -> None:
     plain = byte_level.encode("hi", special=False)
     assert byte_level.encode("hi") == [1, *plain]
