@@ -45,6 +45,8 @@ ITEM_BYTES = {
 # safetensors name -> (name in a spec, name for people)
 FLOATS = {"BF16": ("bf16", "bfloat16"), "F16": ("fp16", "float16"), "F32": ("fp32", "float32")}
 LONG_NAME = {"bf16": "bfloat16", "fp16": "float16"}
+INFINITY = {"bf16": 0x7F80, "fp16": 0x7C00}  # the pattern; those above are NaN
+SIGN = 0x8000
 
 # Buffers that old exports wrote beside the weights; the model recomputes them.
 HARMLESS = re.compile(r"(.*\.)?rotary_emb\.(inv_freq|cos_cached|sin_cached)")
@@ -149,15 +151,15 @@ class Checkpoint:
         """Rows start..stop of a tensor as raw 16-bit patterns of the spec's dtype: [stop - start, columns].
 
         A tensor of one dimension gives its elements start..stop: [stop - start]. The lm_head.weight of a tied model is
-        its embedding.
+        its embedding. KogcError names file and tensor where a number is infinite or none, or becomes so by rounding.
         """
         if self._dtype is None:
             raise ValueError("verify(spec) comes before rows()")
         entry = self.tensors[EMBEDDING if name == HEAD and self._tied else name]
         raw = self._raw(entry, start, stop)
         out = convert(raw, FLOATS[entry.dtype][0], self._dtype)
-        if FLOATS[entry.dtype][0] != self._dtype:
-            _refuse_overflow(entry, out, raw, self._dtype)
+        if not all_finite(out, self._dtype):
+            raise _not_finite(entry, raw, out, self._dtype)
         return out
 
     def float_rows(self, name: str, start: int, stop: int) -> F32:
@@ -394,16 +396,24 @@ def to_float32(bits: Bits, dtype: str) -> F32:
     return words.view(np.float32)
 
 
-def _refuse_overflow(entry: TensorEntry, out: Bits, raw: npt.NDArray[Any], dtype: str) -> None:
-    """A finite weight must not become infinite by being rounded: that would be another model."""
-    exponent = np.uint16(0x7F80 if dtype == "bf16" else 0x7C00)
-    infinite = (out & exponent) == exponent
-    if infinite.any():
-        source = FLOATS[entry.dtype][0]
-        before = (raw if source == "fp32" else to_float32(raw, source))[infinite]
-        lost = before[np.isfinite(before)]
-        if lost.size:
-            raise entry.error(f"holds {lost[0]:g}, which {LONG_NAME[dtype]} cannot hold")
+def all_finite(bits: Bits, dtype: str) -> bool:
+    """Whether raw patterns (`dtype` bf16 or fp16) are all numbers, in two passes at the speed of memory.
+
+    Infinities and NaN are the largest patterns of either sign: as signed integers of the positive, as unsigned ones of
+    the negative.
+    """
+    infinity = INFINITY[dtype]
+    return bits.size == 0 or bool(bits.view(np.int16).max() < infinity and bits.max() < infinity | SIGN)
+
+
+def _not_finite(entry: TensorEntry, raw: npt.NDArray[Any], bits: Bits, dtype: str) -> KogcError:
+    """What is wrong with rows that are not all finite: as they are stored, or after the rounding."""
+    source = FLOATS[entry.dtype][0]
+    stored = raw if source == "fp32" else to_float32(raw, source)
+    lost = stored[np.isfinite(stored) & ~np.isfinite(to_float32(bits, dtype))]
+    if lost.size:  # a finite weight must not become infinite: that would be another model
+        return entry.error(f"holds {lost[0]:g}, which {LONG_NAME[dtype]} cannot hold")
+    return entry.error(f"holds {stored[~np.isfinite(stored)][0]:g}: the weights are broken")
 
 
 def _shape(shape: tuple[int, ...]) -> str:

@@ -20,7 +20,7 @@ import random_checkpoint as rc
 from safetensors.torch import load_file, save_file
 
 from kogc import hub
-from kogc.checkpoint import convert, expected_tensors, open_checkpoint, read_header, to_bf16, to_float32
+from kogc.checkpoint import all_finite, convert, expected_tensors, open_checkpoint, read_header, to_bf16, to_float32
 from kogc.errors import KogcError
 from kogc.importer import spec_from_dir
 from kogc.spec import ModelSpec, load_spec
@@ -125,6 +125,24 @@ def test_a_weight_too_large_for_fp16_is_refused_not_made_infinite(tmp_path: Path
         assert checkpoint.rows(Q, 0, 3).shape == (3, 96)
         with pytest.raises(KogcError, match=f"model.safetensors: {Q}: holds 999424, which float16 cannot hold"):
             checkpoint.rows(Q, 3, 4)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_a_weight_that_is_no_number_is_refused(tmp_path: Path, dtype: str, value: float) -> None:
+    path = rc.make(tmp_path, "llama", dtype=dtype)
+    edit(path, lambda tensors: tensors[Q].__setitem__((3, 4), value))
+    with open_checkpoint(path, spec_from_dir(path)[0]) as checkpoint:
+        assert checkpoint.rows(Q, 0, 3).shape == (3, 96)
+        with pytest.raises(KogcError, match=f"model.safetensors: {Q}: holds {value:g}: the weights are broken"):
+            checkpoint.rows(Q, 0, 9)
+
+
+def test_the_check_for_numbers_knows_every_pattern() -> None:
+    for dtype in ("bf16", "fp16"):
+        bits = np.arange(1 << 16).astype(np.uint16)
+        finite = [all_finite(bits[i : i + 1], dtype) for i in range(1 << 16)]
+        assert np.array_equal(finite, np.isfinite(to_float32(bits, dtype)))
 
 
 def test_rows_outside_the_tensor_are_a_mistake_of_the_caller(tmp_path: Path) -> None:

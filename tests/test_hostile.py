@@ -81,6 +81,11 @@ def rename(header: dict[str, dict[str, object]]) -> None:
     header["model.layers.1.mlp.up_proj.bias"] = header.pop("model.layers.1.mlp.up_proj.weight")
 
 
+def no_number(path: Path) -> None:
+    """The last weight becomes an infinity or a NaN."""
+    path.write_bytes(path.read_bytes()[:-2] + b"\xff\xff")
+
+
 def resize(size: int) -> Callable[[Path], None]:
     """Keep the first `size` bytes; a negative size counts from the end."""
 
@@ -97,6 +102,7 @@ def resize(size: int) -> Callable[[Path], None]:
         (resize(0), "model.safetensors: truncated"),
         (resize(100), "model.safetensors: truncated"),
         (resize(-1), "model.safetensors: truncated"),
+        (no_number, "holds nan: the weights are broken"),
         (lambda path: path.write_bytes(b"\xff" * 64), "model.safetensors: "),
         (header_edit(reshape), "model.layers.1.self_attn.o_proj.weight: has shape"),
         (header_edit(rename), "model.layers.1.mlp.up_proj.weight: missing tensor"),
