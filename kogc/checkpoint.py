@@ -29,6 +29,7 @@ Bits = npt.NDArray[np.uint16]
 F32 = npt.NDArray[np.float32]
 
 MODEL = "model.safetensors"
+BARE = "model."  # what the names of a causal model's tensors have before those of the bare model
 INDEX = "model.safetensors.index.json"
 EMBEDDING = "model.embed_tokens.weight"
 FINAL_NORM = "model.norm.weight"
@@ -207,13 +208,15 @@ class Checkpoint:
         if entry.name != HEAD:  # so the head is tied, and this is a copy of the embedding or a contradiction
             raise entry.error(f"a tensor that a {spec.family} model of this config.json does not have")
         self._check_tensor(HEAD, (spec.vocab, spec.hidden))
-        embedding = self.tensors[EMBEDDING]
-        same = entry.dtype == embedding.dtype
         step = max(1, COMPARE_BYTES // (spec.hidden * 4))
         for start in range(0, spec.vocab, step):
             stop = min(start + step, spec.vocab)
-            same = same and self._raw(entry, start, stop).tobytes() == self._raw(embedding, start, stop).tobytes()
-            if not same:
+            # As they would be packed: of the two, one may be stored in another type.
+            head, embedding = (
+                convert(self._raw(tensor, start, stop), FLOATS[tensor.dtype][0], spec.dtype)
+                for tensor in (entry, self.tensors[EMBEDDING])
+            )
+            if not np.array_equal(head, embedding):
                 raise entry.error(f"differs from {EMBEDDING}, although the two are tied (tie_word_embeddings)")
 
     def _note_rounding(self, spec: ModelSpec, expected: dict[str, tuple[int, ...]]) -> None:
@@ -244,7 +247,7 @@ def open_checkpoint(path: str | Path, spec: ModelSpec | None = None) -> Checkpoi
         found = sorted(f.name for pattern in ("*.bin", "*.pth", "*.gguf") for f in directory.glob(pattern))
         other = f" (found {found[0]}, which is not read; convert it to safetensors)" if found else ""
         raise KogcError(f"{directory}: neither {MODEL} nor {INDEX}{other}")
-    checkpoint = Checkpoint(directory, files, tensors)
+    checkpoint = Checkpoint(directory, files, _of_the_whole_model(tensors))
     if spec is not None:
         try:
             checkpoint.verify(spec)
@@ -252,6 +255,13 @@ def open_checkpoint(path: str | Path, spec: ModelSpec | None = None) -> Checkpoi
             checkpoint.close()
             raise
     return checkpoint
+
+
+def _of_the_whole_model(tensors: dict[str, TensorEntry]) -> dict[str, TensorEntry]:
+    """The tensors by the names of a causal model: saved from the bare one (AutoModel) they have no `model.`."""
+    if EMBEDDING in tensors or EMBEDDING.removeprefix(BARE) not in tensors:
+        return tensors
+    return {name if name == HEAD else BARE + name: entry for name, entry in tensors.items()}
 
 
 def _read_shards(directory: Path) -> tuple[list[Path], dict[str, TensorEntry]]:

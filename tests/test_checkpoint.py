@@ -198,11 +198,36 @@ def test_a_copy_of_a_tied_head_is_welcome_and_another_head_is_not(tmp_path: Path
     path = rc.make(tmp_path, "qwen2")
     edit(path, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].clone()}))
     verify(path)
+    edit(path, lambda t: t.update({"lm_head.weight": t["lm_head.weight"].float()}))
+    verify(path)
     edit(path, lambda t: t["lm_head.weight"].__setitem__((330, 95), 9.0))
     assert refusal(path) == (
         "model.safetensors: lm_head.weight: differs from model.embed_tokens.weight, "
         "although the two are tied (tie_word_embeddings)"
     )
+
+
+def without_prefix(path: Path) -> None:
+    """As AutoModel saves a model, and embedding models are published."""
+    file = path / "model.safetensors"
+    save_file({name.removeprefix("model."): tensor for name, tensor in load_file(file).items()}, file, {"format": "pt"})
+
+
+def test_a_model_saved_without_its_head_has_other_names(tmp_path: Path) -> None:
+    path = rc.make(tmp_path, "qwen3", tie_word_embeddings=True)
+    expected = rc.reference_logits(path, [5, 9, 300])
+    without_prefix(path)
+    assert np.array_equal(rc.reference_logits(path, [5, 9, 300]), expected)
+    with open_checkpoint(path, spec_from_dir(path)[0]) as checkpoint:
+        assert checkpoint.tensors[Q].name == Q.removeprefix("model.")
+        assert checkpoint.rows("lm_head.weight", 0, 3).shape == (3, 96)
+    edit(path, lambda tensors: tensors.pop("norm.weight"))
+    assert refusal(path) == "model.safetensors: model.norm.weight: missing tensor, expected with shape [96]"
+    other = rc.make(tmp_path, "llama")  # its head is its own
+    without_prefix(other)
+    verify(other)
+    edit(other, lambda tensors: tensors.pop("lm_head.weight"))
+    assert refusal(other) == "model.safetensors: lm_head.weight: missing tensor, expected with shape [331, 96]"
 
 
 def test_a_wrong_shape_says_both(tmp_path: Path) -> None:
