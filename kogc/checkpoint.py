@@ -139,6 +139,8 @@ class Checkpoint:
         FP32, or unknown (such as a bias that the model has no place for).
         """
         expected = expected_tensors(spec)
+        if spec.tied_embeddings and EMBEDDING not in self.tensors and HEAD in self.tensors:
+            self.tensors[EMBEDDING] = self.tensors.pop(HEAD)  # of two names of one tensor, some writers keep the other
         for name, shape in expected.items():
             self._check_tensor(name, shape)
         for name, entry in self.tensors.items():

@@ -207,6 +207,20 @@ def test_a_copy_of_a_tied_head_is_welcome_and_another_head_is_not(tmp_path: Path
     )
 
 
+def test_a_tied_table_may_be_stored_as_the_head_alone(tmp_path: Path) -> None:
+    path = rc.make(tmp_path, "llama", tie_word_embeddings=True)
+    expected = rc.reference_logits(path, [5, 9, 300])
+    edit(path, lambda tensors: tensors.update({"lm_head.weight": tensors.pop("model.embed_tokens.weight")}))
+    assert np.array_equal(rc.reference_logits(path, [5, 9, 300]), expected)
+    table = load_file(path / "model.safetensors")["lm_head.weight"].float().numpy()
+    with open_checkpoint(path, spec_from_dir(path)[0]) as checkpoint:
+        for name in ("model.embed_tokens.weight", "lm_head.weight"):
+            assert np.array_equal(checkpoint.float_rows(name, 0, 331), table)
+    assert refusal(path, tied_embeddings=False).startswith(
+        "model.safetensors: model.embed_tokens.weight: missing tensor"
+    )
+
+
 def without_prefix(path: Path) -> None:
     """As AutoModel saves a model, and embedding models are published."""
     file = path / "model.safetensors"
