@@ -34,7 +34,8 @@ def _words(text: str) -> frozenset[str]:
     return frozenset(text.split())
 
 
-# Bookkeeping, training and sampling settings: no value of these changes the logits.
+# Bookkeeping, training and sampling settings: no value of these changes the logits. (pretraining_tp, of Llama 2, once
+# cut the same sums into parts; max_sequence_length, of Vicuna, no model has ever read.)
 HARMLESS = _words(
     """
     _name_or_path _commit_hash transformers_version transformers.js_config unsloth_version unsloth_fixed
@@ -44,8 +45,8 @@ HARMLESS = _words(
     initializer_range attention_dropout hidden_dropout resid_pdrop embd_pdrop gradient_checkpointing use_bfloat16
     pad_token_id sep_token_id unk_token_id decoder_start_token_id tokenizer_class prefix task_specific_params
     finetuning_task problem_type id2label label2id num_labels tf_legacy_loss remove_invalid_values
-    chunk_size_feed_forward do_sample temperature top_k top_p min_p typical_p max_length max_new_tokens
-    num_return_sequences length_penalty early_stopping diversity_penalty
+    chunk_size_feed_forward do_sample temperature top_k top_p min_p max_length max_new_tokens
+    num_return_sequences length_penalty early_stopping diversity_penalty pretraining_tp max_sequence_length
     """
 )
 
@@ -78,6 +79,12 @@ NOT_APPLIED: dict[str, tuple[object, ...]] = {
     "watermarking_config": (None,),
     "dola_layers": (None,),
 }
+# The same in a config.json, whose settings generate() takes where there is no generation_config.json.
+NOT_TAKEN: dict[str, tuple[object, ...]] = {
+    "do_sample": (None, False),
+    "repetition_penalty": (None, 1),
+    **NOT_APPLIED,
+}
 
 # Features that are not supported, with every value that means "off". None stands for null.
 OFF: dict[str, tuple[object, ...]] = {
@@ -91,7 +98,6 @@ OFF: dict[str, tuple[object, ...]] = {
     "no_rope_layers": (None, []),
     "no_rope_layer_interval": (None,),
     "mlp_bias": (None, False),
-    "pretraining_tp": (None, 1),
     "quantization_config": (None,),
     "compression_config": (None,),
     "auto_map": (None, {}),
@@ -116,8 +122,6 @@ OFF: dict[str, tuple[object, ...]] = {
     "cross_attention_hidden_size": (None,),
     "tie_encoder_decoder": (None, False),
     "pruned_heads": (None, {}),
-    "repetition_penalty": (None, 1),
-    **NOT_APPLIED,
 }
 
 # Keys that the functions below read.
@@ -152,13 +156,16 @@ def spec_from_dir(path: str | Path) -> tuple[ModelSpec, Notes]:
     if not directory.is_dir():
         raise KogcError(f"{directory}: not a directory")
     source = directory / "config.json"
-    spec, notes = spec_from_config(read_json(source), str(source))
+    config = read_json(source)
+    spec, notes = spec_from_config(config, str(source))
     spec = replace(spec, name=_name(os.path.abspath(directory)))  # the same from within it
     generation = directory / "generation_config.json"
     if generation.exists():
         settings = _Config(read_json(generation), str(generation))
         spec = _with_generation(spec, settings)
-        notes += _generation_notes(settings)
+        notes += _generation_notes(settings, NOT_APPLIED)
+    else:
+        notes += _generation_notes(_Config(config, str(source)), NOT_TAKEN)
     return spec, notes
 
 
@@ -303,7 +310,7 @@ def _family(cfg: _Config) -> str:
 
 def _refuse_unsupported(cfg: _Config, family: str) -> None:
     for key, value in cfg.values.items():
-        if key in READ or key in HARMLESS:
+        if key in READ or key in HARMLESS or key in NOT_TAKEN:
             continue
         if key not in OFF:
             raise cfg.refuse(key, "unknown key: it may change what the model computes, so it is refused")
@@ -552,11 +559,11 @@ def _with_generation(spec: ModelSpec, cfg: _Config) -> ModelSpec:
     return spec
 
 
-def _generation_notes(cfg: _Config) -> Notes:
-    """A remark for each setting that Transformers' generate() would apply and kogc does not."""
+def _generation_notes(cfg: _Config, settings: Mapping[str, tuple[object, ...]]) -> Notes:
+    """A remark for each of the settings that Transformers' generate() would apply and kogc does not."""
     return [
         f"{cfg.source}: {key} = {_show(cfg.values[key])} is not applied"
-        for key, neutral in NOT_APPLIED.items()
+        for key, neutral in settings.items()
         if key in cfg.values and not _is_one_of(cfg.values[key], neutral)
     ]
 

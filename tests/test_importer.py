@@ -277,7 +277,6 @@ UNSUPPORTED: dict[str, Any] = {
     "hidden_act": "gelu",
     "attention_bias": True,
     "mlp_bias": True,
-    "pretraining_tp": 2,
     "quantization_config": {"quant_method": "fp8"},
     "auto_map": {"AutoModelForCausalLM": "modeling.Model"},
     "residual_multiplier": 0.22,
@@ -293,7 +292,6 @@ UNSUPPORTED: dict[str, Any] = {
     "no_rope_layers": [1, 1, 0, 1],
     "is_encoder_decoder": True,
     "pruned_heads": {"0": [1]},
-    "repetition_penalty": 1.1,
     "clip_qkv": 8.0,
     "some_new_feature": None,
     "Hidden_act": "silu",
@@ -334,7 +332,7 @@ def test_a_hostile_key_stays_on_one_line() -> None:
 
 
 def test_a_flag_is_not_a_count() -> None:
-    assert refusal(pretraining_tp=True).startswith("pretraining_tp = true")
+    assert refusal(residual_multiplier=True).startswith("residual_multiplier = true")
     assert refusal(mlp_bias=0).startswith("mlp_bias = 0")
     assert refusal(num_hidden_layers=True).startswith("num_hidden_layers = true: expected an integer")
     assert refusal(tie_word_embeddings=1).startswith("tie_word_embeddings = 1: expected true or false")
@@ -515,6 +513,23 @@ def test_generation_config_names_the_stop_tokens(tmp_path: Path) -> None:
     write(tmp_path, '{"eos_token_id": 999}', "generation_config.json")
     with pytest.raises(KogcError, match=r"generation_config\.json: eos_tokens: 999"):
         spec_from_dir(tmp_path)
+
+
+def test_settings_of_generate_in_config_json_are_no_mathematics(tmp_path: Path) -> None:
+    """Transformers takes them from there only where there is no generation_config.json."""
+    settings = {"do_sample": True, "temperature": 0.6, "repetition_penalty": 1.1, "num_beams": 4, "typical_p": 1.0}
+    write(tmp_path, json.dumps(config(**settings)))
+    spec, notes = spec_from_dir(tmp_path)
+    named = [note.split(": ", 1)[1] for note in notes]
+    assert named == [
+        f"{what} is not applied" for what in ("do_sample = true", "repetition_penalty = 1.1", "num_beams = 4")
+    ]
+    write(tmp_path, "{}", "generation_config.json")
+    assert spec_from_dir(tmp_path) == (spec, [])
+
+
+def test_keys_of_old_checkpoints_that_say_nothing() -> None:
+    assert spec_of(pretraining_tp=2, max_sequence_length=2048) == spec_of()
 
 
 def test_the_name_comes_from_the_directory(tmp_path: Path) -> None:
