@@ -446,6 +446,27 @@ def test_a_model_that_is_not_cached_offline_is_one_line(tmp_path: Path) -> None:
     assert done.stdout == "org/none@v1: no such directory, not in the cache, and HF_HUB_OFFLINE is set\n", done.stderr
 
 
+def test_of_the_hub_only_what_a_build_reads_is_fetched() -> None:
+    from huggingface_hub.utils import filter_repo_objects
+
+    wanted = [
+        "config.json",
+        "tokenizer.json",
+        "model.safetensors",
+        "model.safetensors.index.json",
+        "model-00001-of-00002.safetensors",
+        "model.safetensors-00001-of-00002.safetensors",
+    ]
+    other = [
+        "pytorch_model.bin",
+        "consolidated.safetensors",
+        "original/consolidated.00.pth",
+        "onnx/model.onnx",
+        "README.md",
+    ]
+    assert list(filter_repo_objects(wanted + other, allow_patterns=hub.PATTERNS)) == wanted
+
+
 def test_a_directory_is_itself(tmp_path: Path) -> None:
     assert hub.resolve(str(tmp_path)) == (tmp_path, None)
 
