@@ -24,6 +24,7 @@ from .importer import MAX_CONFIG_BYTES, read_json
 START_SECONDS = 60.0  # of the process, on a machine that is busy with something else
 RENDER_SECONDS = 5.0  # of one rendering, on the clock; its own processor time is limited to less
 READ_BYTES = 1 << 16
+THOUGHT = ("reasoning_content", "thinking", "reasoning")  # what a model thought before its answer; the first counts
 
 Message = Mapping[str, Any]
 
@@ -48,7 +49,7 @@ class ChatTemplate:
         if not messages:
             raise KogcError("the conversation is empty: a chat template needs a message")
         # Absent is what templates test for, not null.
-        plain = [{key: value for key, value in message.items() if value is not None} for message in messages]
+        plain = [_named_thought({k: v for k, v in message.items() if v is not None}) for message in messages]
         variables = {
             **self.special_tokens,
             "messages": plain,
@@ -134,6 +135,12 @@ class _Worker:
             self._process.communicate()  # waits for it, and closes the pipes
         except OSError:  # what was still to be written has no reader any more
             self._process.wait()
+
+
+def _named_thought(message: dict[str, Any]) -> dict[str, Any]:
+    """A message whose thought, under whichever name it came, has both names that templates read."""
+    thought = next((message[name] for name in THOUGHT if name in message), None)
+    return message if thought is None else {"thinking": thought, **message, "reasoning_content": thought}
 
 
 def _find(directory: Path) -> tuple[Path, str, dict[str, str]]:

@@ -11,7 +11,7 @@ import json
 import resource
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from datetime import datetime
 from typing import Any, NoReturn
 
@@ -73,7 +73,7 @@ def _compile(template: str) -> Template:
     )
     environment.filters["tojson"] = _tojson
     environment.globals.update(
-        raise_exception=_raise_exception, strftime_now=_strftime_now, namespace=PlainNamespace, dict=_dict
+        raise_exception=_raise_exception, strftime_now=_strftime_now, namespace=PlainNamespace, dict=PlainDict()
     )
     return environment.from_string(template)
 
@@ -111,9 +111,14 @@ def _check_name(name: object) -> None:
         raise SecurityError(f"a namespace cannot hold {name!r}")
 
 
-def _dict(*args: Any, **values: Any) -> dict[Any, Any]:
-    """A function in place of the class, whose attributes a template has no business with."""
-    return dict(*args, **values)
+class PlainDict:
+    """In place of the class `dict`, whose other attributes a template has no business with."""
+
+    def __call__(self, *args: Any, **values: Any) -> dict[Any, Any]:
+        return dict(*args, **values)
+
+    def fromkeys(self, keys: Iterable[Any], value: Any = None) -> dict[Any, Any]:
+        return dict.fromkeys(keys, value)
 
 
 def _raise_exception(message: object) -> NoReturn:

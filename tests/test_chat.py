@@ -29,6 +29,8 @@ CONVERSATIONS: dict[str, list[dict[str, Any]]] = {
     "answered": [USER, {"role": "assistant", "content": "<think>\nHm.\n</think>\n\nYes"}],
     "system": [{"role": "system", "content": " Be brief. "}, USER],
     "reasoning": [USER, {"role": "assistant", "content": "Yes", "reasoning_content": "Hm."}],
+    "thinking": [USER, {"role": "assistant", "content": "Yes", "thinking": "Hm."}],
+    "another name": [USER, {"role": "assistant", "content": "Yes", "reasoning": "Hm.", "thinking": None}],
     "calls": [
         USER,
         {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "é", "arguments": {"a": "<b>"}}}]},
@@ -106,6 +108,7 @@ def test_of_named_templates_the_default_is_taken(directory: Path) -> None:
 def test_environment(directory: Path) -> None:
     assert render(directory, "{% if true %}\nx\n  {% endif %}\ny") == "x\ny"
     assert render(directory, "{{ {'a': 'é<&'}|tojson }}") == '{"a": "é<&"}'
+    assert render(directory, "{{ dict(a=1) }}{{ dict.fromkeys('b', 2) }}") == "{'a': 1}{'b': 2}"
     assert render(directory, "{{ strftime_now('%Y') }}") == time.strftime("%Y")
     assert render(directory, "{{ tools is none }}{{ documents is none }}{{ other is defined }}") == "TrueTrueFalse"
     assert render(directory, "{% set n = namespace(a=1) %}{% set n.a = 2 %}{{ n.a }}{{ dict(b=3) }}") == "2{'b': 3}"
