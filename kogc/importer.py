@@ -495,7 +495,7 @@ def _rope_scaling(cfg: _Config, rope: _Config, kind: str) -> RopeScaling:
         beta_fast=rope.number("beta_fast", 32.0) or 32.0,
         beta_slow=rope.number("beta_slow", 1.0) or 1.0,
         attention_factor=_yarn_attention_factor(rope, factor),
-        truncate=rope.boolean("truncate", True),
+        truncate=rope.boolean("truncate", "truncate" not in rope.values),  # null is false, as in Python
     )
 
 

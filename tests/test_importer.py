@@ -6,9 +6,12 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import transformers
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from kogc import rope
 from kogc.errors import KogcError
 from kogc.importer import spec_from_config, spec_from_dir
 from kogc.spec import ModelSpec, Rope, RopeScaling, dump_spec, load_spec, parse_spec
@@ -462,6 +465,16 @@ def test_yarn_factor_is_resolved() -> None:
     assert (scaling.beta_fast, scaling.beta_slow, scaling.truncate) == (32.0, 1.0, True)
     # Without a factor it is the ratio of the two contexts.
     assert spec_of(rope_scaling={**YARN, "factor": None}).rope.scaling == scaling
+
+
+@pytest.mark.parametrize("truncate", [..., None, False, True])
+def test_yarn_truncates_as_transformers_does(truncate: Any) -> None:
+    values = {key: value for key, value in {**YARN, "truncate": truncate}.items() if value is not ...}
+    theirs = transformers.LlamaConfig(
+        hidden_size=256, num_attention_heads=4, rope_parameters={**values, "rope_theta": 1e4}
+    )
+    expected, _ = ROPE_INIT_FUNCTIONS["yarn"](theirs)
+    np.testing.assert_allclose(rope.inv_freq(spec_of(rope_scaling=values)), expected.numpy(), rtol=1e-6)
 
 
 def test_llama3_starts_from_the_stated_context() -> None:
