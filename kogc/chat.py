@@ -147,9 +147,12 @@ def _find(directory: Path) -> tuple[Path, str, dict[str, str]]:
     """(file, template, special tokens by their names in a template)."""
     config_path, own_path = directory / TOKENIZER_CONFIG, directory / CHAT_TEMPLATE
     config = read_json(config_path) if config_path.is_file() else {}
+    special = _special_tokens(config, config_path)
     map_path = directory / SPECIAL_TOKENS
-    mapped = read_json(map_path) if map_path.is_file() else {}
-    special = {**_special_tokens(mapped, map_path), **_special_tokens(config, config_path)}
+    if map_path.is_file() and "added_tokens_decoder" not in config:  # as Transformers decides which of the two counts
+        mapped = read_json(map_path)
+        special = {key: text for key, text in special.items() if key not in mapped}  # a null there removes one
+        special.update(_special_tokens(mapped, map_path))
     if own_path.is_file():
         return own_path, _read_text(own_path), special
     value = config.get("chat_template")

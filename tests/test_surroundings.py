@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import random_checkpoint
+import transformers
 from builds import kogc_cli, one_line, process_command, process_env, stub_compiler
 
 from kogc import artifact, bench, chat
@@ -296,12 +297,18 @@ def test_settings_that_are_not_applied_are_named(copy: Path) -> None:
     assert named == ["typical_p", "eta_cutoff", "min_new_tokens", "stop_strings"]
 
 
-def test_special_tokens_of_a_map_of_their_own(tmp_path: Path) -> None:
-    (tmp_path / "chat_template.jinja").write_text("{{ bos_token }}{{ eos_token }}{{ messages[0].content }}")
-    (tmp_path / "special_tokens_map.json").write_text('{"bos_token": "<s>", "eos_token": {"content": "old"}}')
-    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "</s>"}')
+@pytest.mark.parametrize("decoder", [{}, {"added_tokens_decoder": {}}])
+@pytest.mark.parametrize("mapped", [{"bos_token": "<s>", "eos_token": {"content": "</s>"}}, {"bos_token": None}, {}])
+def test_special_tokens_of_a_map_of_their_own(tmp_path: Path, mapped: dict[str, Any], decoder: dict[str, Any]) -> None:
+    """They count, as in Transformers, unless the configuration is of the kind that lists the added tokens."""
+    random_checkpoint.write_tokenizer(tmp_path, 331)
+    (tmp_path / "chat_template.jinja").write_text("{{ bos_token }}|{{ eos_token }}|{{ messages[0].content }}")
+    (tmp_path / "special_tokens_map.json").write_text(json.dumps(mapped))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<b>", "eos_token": "<e>", **decoder}))
+    messages = [{"role": "user", "content": "hi"}]
+    expected = transformers.AutoTokenizer.from_pretrained(tmp_path).apply_chat_template(messages, tokenize=False)
     template = ChatTemplate(tmp_path)
-    assert template.render([{"role": "user", "content": "hi"}]) == "<s></s>hi"
+    assert template.render(messages) == expected
     template.close()
 
 
