@@ -120,9 +120,10 @@ def windows(count: int, size: int, stride: int, first: int) -> Iterator[Window]:
 
 
 def _tokenize(tokenizer: Tokenizer, text: str) -> tuple[list[int], list[int]]:
-    """([begin token] or [], tokens of the text alone)."""
+    """([begin token] or [], tokens of the text alone, without one that is written at its start)."""
     tokens, whole = tokenizer.encode(text, special=False), tokenizer.encode(text)
-    return [] if whole[:1] == tokens[:1] else whole[:1], tokens
+    begin = whole[:1] if len(whole) > len(tokens) and whole[1 : len(tokens) + 1] == tokens else []
+    return begin, tokens[1:] if begin and tokens[:1] == begin else tokens
 
 
 def _score(session: Session, reference: Reference | None, seen: list[int], first: int, scores: _Scores) -> None:

@@ -111,6 +111,11 @@ def test_numbers_are_those_of_the_definition(session: Session) -> None:
     assert result.bits_per_byte == pytest.approx(np.sum(nats) / math.log(2) / len(TEXT.encode()), rel=1e-9)
 
 
+def test_a_begin_token_that_the_text_has_is_that_of_the_windows(session: Session) -> None:
+    """As the text of a chat template has one."""
+    assert evaluate(session, "<s>" + TEXT, window=50) == evaluate(session, TEXT, window=50)
+
+
 def test_without_a_begin_token_the_first_is_not_scored(plain: Session) -> None:
     assert plain.tokenizer is not None
     tokens = plain.tokenizer.encode(TEXT)[:20]
