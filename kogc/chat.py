@@ -48,6 +48,8 @@ class ChatTemplate:
         """
         if not messages:
             raise KogcError("the conversation is empty: a chat template needs a message")
+        if not all(isinstance(message, Mapping) for message in messages):
+            raise KogcError("a message is not an object with role and content")
         # Absent is what templates test for, not null.
         plain = [_named_thought({k: v for k, v in message.items() if v is not None}) for message in messages]
         variables = {

@@ -209,6 +209,12 @@ def test_a_template_that_breaks_a_limit_is_one_line(directory: Path, template: s
     assert message in refused(directory, template)
 
 
+def test_a_message_is_an_object(directory: Path) -> None:
+    for messages in ("hi", ["hi"], [USER, None]):
+        with pytest.raises(KogcError, match="^a message is not an object with role and content$"):
+            render(directory, "{{ messages }}", messages)  # type: ignore[arg-type]
+
+
 def test_refusal_of_a_conversation_keeps_the_process(directory: Path) -> None:
     add_chat_template(directory, INSTRUCT)
     opened = ChatTemplate(directory)
