@@ -259,6 +259,7 @@ class _Job:
     rendered: Rendered
     options: BuildOptions
     notes: list[str] = field(default_factory=list)
+    opened: bool = False  # the weights, whose own remarks say what is rounded
 
     @property
     def plan(self) -> Plan:
@@ -277,7 +278,7 @@ class _Job:
     def all_notes(self) -> tuple[str, ...]:
         """Every remark once: what config.json promised of rounding gives way to what was found in the weights."""
         early = self.prepared.notes
-        if any("rounded from float32" in note for note in self.notes):
+        if self.opened:
             early = tuple(note for note in early if not note.endswith(ROUNDED))
         return (*early, *self.notes)
 
@@ -294,6 +295,7 @@ class _Job:
             from .checkpoint import open_checkpoint
 
             with open_checkpoint(self.directory, self.plan.spec) as checkpoint:
+                self.opened = True
                 self.notes += checkpoint.notes
                 self._write(out, compiler, checkpoint)
         stamp.renew()

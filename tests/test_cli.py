@@ -20,7 +20,7 @@ from builds import (
     stub_compiler,
     tree,
 )
-from random_checkpoint import make
+from random_checkpoint import edit_config, make
 
 from kogc import targets
 from kogc.cli import COMMANDS
@@ -237,6 +237,14 @@ def test_rounding_is_said_once(compiler: None, tmp_path: Path) -> None:
     dry, built = kogc_cli(*args, "--dry-run"), kogc_cli(*args)
     assert one_line(dry.stderr).endswith("config.json: float32 weights are rounded to bf16")
     assert "rounded from float32 to bfloat16: 30 of 30 tensors" in one_line(built.stderr)
+
+
+def test_rounding_is_not_said_of_weights_that_are_not_rounded(compiler: None, tmp_path: Path) -> None:
+    """Where config.json says float32 of weights that are BF16."""
+    narrow = make(tmp_path / "narrow", "llama", tokenizer=True)
+    edit_config(narrow, dtype="float32")
+    args = ("build", narrow, "--gpu", "h200-sxm", "--blocks", 2, "-o", tmp_path / "out")
+    assert kogc_cli(*args).stderr == ""
 
 
 def test_an_impossible_plan_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
