@@ -192,6 +192,16 @@ def test_every_model_is_cut_completely(spec: str, gpu: str) -> None:
     assert cut.scratch[-1].offset + cut.scratch[-1].bytes <= cut.scratch_bytes
 
 
+def test_a_cut_fits_memory_of_any_size() -> None:
+    """Also where less is left over than the last region is rounded up by."""
+    h200, spec = load_profile("h200-sxm"), load_spec("llama-3.2-1b")
+    for size in range(h200.smem_per_block - 1024, h200.smem_per_block, 16):
+        plan = make_plan(spec, replace(h200, smem_per_block=size), Options(max_context=2048, blocks=8))
+        assert passes_of(plan).memory_bytes <= size
+        assert plan.samples
+        assert plan.samples.memory_bytes <= size
+
+
 def check_with(changed: Passes, monkeypatch: pytest.MonkeyPatch) -> None:
     plan = make_plan(load_spec("llama-3.2-1b"), load_profile("h200-sxm"), Options(max_context=2048))
     monkeypatch.setattr(Plan, "passes", changed)

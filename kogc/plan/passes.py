@@ -134,7 +134,7 @@ def _passes(plan: Plan, tokens: int, most_tiles: int) -> Passes | None:
     # Two tiles share what is read of the cache, where blocks have two and registers hold them.
     together = 2 if spec.kv_heads * column_tiles > plan.blocks and spec.head_dim <= MOST_TOGETHER else 1
     attention = attention_bytes(spec.head_dim, together)
-    fixed = round_up(attention, 128) + WORDS_BYTES + STAGES * 16
+    _, fixed = lay_out(("attention", attention), ("words", WORDS_BYTES), ("barriers", STAGES * 16))
     smallest = max(product.slice_bytes(1) for product in products)
     room = plan.profile.smem_per_block - fixed
     stages = min(STAGES, room // smallest)

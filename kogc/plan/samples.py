@@ -97,7 +97,9 @@ def samples(plan: Plan) -> Samples | None:
         return None
     partial = WARPS * MOST_SPLIT * TILE_ROWS * COLUMNS * 4
     work = max(partial, attention_bytes(plan.spec.head_dim, 1), SAMPLING_BYTES)
-    fixed = round_up(work, 128) + WORDS_BYTES + REDUCE_BYTES + STAGES * BARRIER_BYTES
+    _, fixed = lay_out(
+        ("work", work), ("words", WORDS_BYTES), ("reduce", REDUCE_BYTES), ("barriers", STAGES * BARRIER_BYTES)
+    )
     room = plan.profile.smem_per_block - fixed
     smallest = max(SampleProduct(phase, 1).slice_bytes for phase in plan.phases)
     stages = min(STAGES, room // round_up(smallest, 1024))
