@@ -41,6 +41,19 @@ def test_numbers_that_are_none_end_with_their_text(name: str) -> None:
     np.testing.assert_array_equal(model.logits(good), cold)
 
 
+def test_a_pass_does_not_see_what_a_text_has_left() -> None:
+    """Columns of a tile of queries, three a token, end on both sides of a tile of the cache that is not full."""
+    model = Emulated(*planned("llama"))
+    tokens, cache = prompt(model.plan.spec.vocab, 25), model.buffers["kv"].bytes
+    logits = []
+    for left in (0, 0x7E):  # in every byte: large numbers, and finite ones
+        cache[:] = left
+        model.prompt(tokens[:5])
+        model.prompt(tokens[5:-1], start=5)
+        logits.append(model.logits(tokens[-1:], start=len(tokens) - 1))
+    np.testing.assert_array_equal(logits[1], logits[0])
+
+
 def stalls(model: Emulated, launch: str, orders: int) -> int:
     """In how many orders of threads a launch that ends early does not come to its end."""
     tokens, count = prompt(model.plan.spec.vocab, 2), 0

@@ -49,7 +49,9 @@ template <int DIM> struct RunningSoftmax {
   static constexpr int STEPS = DIM / 16;
   // [16 dimensions]: (row lane / 4, column lane % 4 * 2), (the same row, column + 1), and the same of row + 8
   float o[STEPS][4] = {};
-  float maximum[2] = {LOWEST, LOWEST}, sum[2] = {};  // of the lane's two columns; the sums over its positions only
+  // Of the lane's two columns; the sums over its positions only. The maximum begins above a score that does not count: of a
+  // tile that one column of a pass sees nothing of, no number counts there, however large an earlier text has left it.
+  float maximum[2] = {LOWEST / 2, LOWEST / 2}, sum[2] = {};
 
   // Turns scores of N tiles into probabilities relative to the new maximum, with which the sums so far must be multiplied.
   template <int N> KOGC_DEVICE void softmax(float (&p)[N][4], float (&keep)[2]) {
