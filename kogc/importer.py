@@ -179,6 +179,8 @@ def spec_from_config(config: Mapping[str, Any], source: str) -> tuple[ModelSpec,
     hidden = cfg.size("hidden_size")
     window, window_layers = _windows(cfg, family, layers)
     dtype, notes = _dtype(cfg)
+    rope = _rope(cfg)
+    context, remark = _context(cfg, rope)
     spec = ModelSpec(
         name=_name(source),
         family=family,
@@ -191,18 +193,18 @@ def spec_from_config(config: Mapping[str, Any], source: str) -> tuple[ModelSpec,
         vocab=cfg.size("vocab_size"),
         tied_embeddings=cfg.boolean("tie_word_embeddings", False),
         norm_eps=_norm_eps(cfg),
-        max_context=cfg.size("max_position_embeddings"),
+        max_context=context,
         qkv_bias=family == "qwen2",
         qk_norm=family == "qwen3",
         sliding_window=window,
         sliding_layers=window_layers,
-        rope=_rope(cfg),
+        rope=rope,
         dtype=dtype,
         bos_token=cfg.integer("bos_token_id") if cfg.given("bos_token_id") else _default_token(config, family, "bos"),
         eos_tokens=_eos_tokens(cfg, family),
     )
     validate(spec, source)
-    return spec, notes
+    return spec, notes + remark
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -429,6 +431,26 @@ def _rope(cfg: _Config) -> Rope:
     if kind == "default":
         return Rope(theta)
     return Rope(theta, _rope_scaling(cfg, rope, kind))
+
+
+def _context(cfg: _Config, rope: Rope) -> tuple[int, Notes]:
+    """Positions that the model is for, and a remark where those are not max_position_embeddings.
+
+    Model cards say to add YaRN to a config.json that is otherwise left alone: then it states what was stretched.
+    """
+    stated, scaling = cfg.size("max_position_embeddings"), rope.scaling
+    if scaling is None or scaling.type != "yarn" or scaling.original_max_position is None:
+        return stated, []
+    stretched = int(scaling.factor * scaling.original_max_position)
+    if stretched <= stated or not _states_original(cfg):
+        return stated, []
+    of = f"YaRN's factor times original_max_position_embeddings, not max_position_embeddings = {stated}"
+    return stretched, [f"{cfg.source}: the context is {stretched} tokens, {of}"]
+
+
+def _states_original(cfg: _Config) -> bool:
+    key = "original_max_position_embeddings"
+    return cfg.given(key) or _rope_section(cfg).given(key)
 
 
 def _rope_section(cfg: _Config) -> _Config:

@@ -477,6 +477,22 @@ def test_yarn_truncates_as_transformers_does(truncate: Any) -> None:
     np.testing.assert_allclose(rope.inv_freq(spec_of(rope_scaling=values)), expected.numpy(), rtol=1e-6)
 
 
+def test_yarn_added_to_a_config_stretches_its_context() -> None:
+    """As model cards of Qwen say to; a context that is stated as stretched, or with nothing to stretch, stands."""
+    original = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 4096}
+    spec, notes = spec_from_config(config(rope_scaling=original), "x")
+    said = "YaRN's factor times original_max_position_embeddings, not max_position_embeddings = 4096"
+    assert (spec.max_context, notes) == (16384, [f"x: the context is 16384 tokens, {said}"])
+    for changes in (
+        {"rope_scaling": original, "max_position_embeddings": 16384},
+        {"rope_scaling": original, "max_position_embeddings": 20000},
+        {"rope_scaling": {"type": "yarn", "factor": 4.0}},
+        {"rope_scaling": {"type": "linear", "factor": 4.0}},
+    ):
+        spec, notes = spec_from_config(config(**changes), "x")
+        assert (spec.max_context, notes) == (changes.get("max_position_embeddings", 4096), [])
+
+
 def test_llama3_starts_from_the_stated_context() -> None:
     llama3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
     for changes, expected in (
