@@ -100,6 +100,15 @@ CASES = {
     # Splits that combine while gathering, then in a step of its own; a later chunk while an earlier one is used.
     "combine": Case("llama", 8, SMALL, tokens=262, knobs={"gather_splits": 1}),
     "gather-two": Case("qwen3", 4, SMALL, tokens=270, knobs={"gather_splits": 2}),
+    # More query rows than threads take at a time while they gather.
+    "gather-wide": Case(
+        "qwen3",
+        4,
+        {**SMALL, "head_dim": 128, "num_attention_heads": 10},
+        tokens=140,
+        knobs={"gather_splits": 2, "stage_bytes": 16384},
+        seeds=(1,),
+    ),
     # Two chunks a turn, so that a split meets both sides of a turn's end.
     "turns": Case("llama", 4, {**SMALL, "max_position_embeddings": 1024}, tokens=660, knobs={"turn": 2}, seeds=(1,)),
     "widest-head": Case(
