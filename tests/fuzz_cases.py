@@ -21,6 +21,7 @@ from kogc.sampling import SEEDS, Sampling
 CPUS = [f"cpu-{arch}" for arch in CPU_ARCHS]
 MACHINES = (*CUDA_ARCHS, *CUDA_ARCHS, "mi300x", "mi355x", "rx-9070-xt", "rx-9070-xt", *CPUS)
 ENDS = [n * CHUNK + d for n in (1, 2, 3) for d in (-1, 0, 1)]  # of chunks of the cache, and beside them
+Q_ROWS = 600
 WINDOWS = (1, 7, 31, 127, 128, 129, 140, 255, 256)
 ROPES: tuple[dict[str, Any], ...] = (
     {"rope_type": "default"},
@@ -59,15 +60,15 @@ class Size:
     vocab: int
     blocks: int
     tokens: int
-    q_rows: int = 600
+    q_rows: int = Q_ROWS
 
 
 def drawn(seed: int) -> Case:
     rng = random.Random(seed)
     machine, family = rng.choice(MACHINES), rng.choice(rc.FAMILIES)
-    size = _size(rng, machine)
+    size = _size(rng, machine, family)
     head_dim, kv_heads = rng.choice((32, 64, 96, 128)), rng.choice((1, 1, 2, 3))
-    group = rng.choice((1, 2, 3, 4, 5, 7, 8, 9, 12, 17))
+    group = rng.choice((1, 2, 3, 4, 5, 7, 8, 9, 12, 17) if size.q_rows <= Q_ROWS else (12, 17, 34))
     heads = kv_heads * min(group, max(1, size.q_rows // (head_dim * kv_heads)))
     step = math.lcm(4, heads)
     context = size.tokens + rng.choice((0, 1, 2, 9, 128))
@@ -87,17 +88,20 @@ def drawn(seed: int) -> Case:
     )
 
 
-def _size(rng: random.Random, machine: str) -> Size:
-    """Small in all, but for a text of several chunks, or one size of which threads have several rounds, or blocks."""
+def _size(rng: random.Random, machine: str, family: str) -> Size:
+    """Small in all, but for a text of several chunks, one size of which threads have several rounds, or the blocks."""
     upto = rng.randrange
     size = Size(
         upto(1, 4), 4 * upto(4, 80), 4 * upto(2, 90), upto(6, rng.choice((40, 300, 1500))), upto(1, 19), upto(1, 18)
     )
-    large = rng.choice((*[""] * 5, "tokens", "tokens", "tokens", "hidden", "ffn", "vocab", "blocks"))
+    large = rng.choice((*[""] * 5, "tokens", "tokens", "tokens", "q_rows", "hidden", "ffn", "vocab", "blocks"))
     if large == "tokens":  # two layers: in a pass nothing reads what the last one attends to
         size.layers, size.hidden, size.blocks, size.q_rows = 2, 4 * upto(4, 20), upto(1, 9), 256
         size.tokens = rng.choice(ENDS) if rng.random() < 0.7 else upto(30, 400)
-    elif large:
+    elif large == "q_rows" and family != "qwen2":  # whose hidden vector is as long: slow
+        size.layers, size.hidden, size.blocks, size.q_rows = 1, 4 * upto(4, 20), upto(1, 9), 2200
+        size.tokens = rng.choice((upto(1, 18), 130, 140))
+    elif large and large != "q_rows":
         size.layers, size.ffn, size.vocab, size.tokens = 1, 24, 99, upto(1, 4)
     if large == "hidden":
         size.hidden = 4 * upto(250, 2100)
