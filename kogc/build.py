@@ -40,9 +40,10 @@ from .artifact import (
 )
 from .cache import content_key, default_cache
 from .commands.progress import byte_progress, spinner
+from .config_json import read_json
 from .errors import KogcError, UsageError
 from .files import write_atomically
-from .importer import ROUNDED, read_json
+from .importer import ROUNDED
 from .model_source import ModelSource, find_model
 from .plan.check import check
 from .plan.matvec import UNITS

@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from .artifact import CHAT_TEMPLATE, SPECIAL_TOKENS, TOKENIZER_CONFIG
+from .config_json import MAX_CONFIG_BYTES, read_json
 from .errors import KogcError
-from .importer import MAX_CONFIG_BYTES, read_json
 
 START_SECONDS = 60.0  # of the process, on a machine that is busy with something else
 RENDER_SECONDS = 5.0  # of one rendering, on the clock; its own processor time is limited to less

@@ -21,8 +21,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from .config_json import read_json
 from .errors import KogcError
-from .importer import read_json
 from .spec import ModelSpec
 
 Bits = npt.NDArray[np.uint16]

@@ -7,7 +7,6 @@ to Transformers: the default of the model's own configuration class.
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import re
@@ -16,8 +15,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from .config_json import Config, plain, read_json, show
 from .errors import KogcError
-from .spec import MAX_LAYERS, MAX_SIZE, ModelSpec, Rope, RopeScaling, validate
+from .spec import MAX_LAYERS, ModelSpec, Rope, RopeScaling, validate
 
 ARCHITECTURES = {
     "LlamaForCausalLM": "llama",
@@ -26,7 +26,6 @@ ARCHITECTURES = {
     "Qwen3ForCausalLM": "qwen3",
 }
 
-MAX_CONFIG_BYTES = 1 << 24
 ROUNDED = "float32 weights are rounded to bf16"
 
 
@@ -161,17 +160,17 @@ def spec_from_dir(path: str | Path) -> tuple[ModelSpec, Notes]:
     spec = replace(spec, name=_name(os.path.abspath(directory)))  # the same from within it
     generation = directory / "generation_config.json"
     if generation.exists():
-        settings = _Config(read_json(generation), str(generation))
+        settings = Config(read_json(generation), str(generation))
         spec = _with_generation(spec, settings)
         notes += _generation_notes(settings, NOT_APPLIED)
     else:
-        notes += _generation_notes(_Config(config, str(source)), NOT_TAKEN)
+        notes += _generation_notes(Config(config, str(source)), NOT_TAKEN)
     return spec, notes
 
 
 def spec_from_config(config: Mapping[str, Any], source: str) -> tuple[ModelSpec, Notes]:
     """The spec of a parsed config.json, and remarks for the user; `source` names it in errors and gives the name."""
-    cfg = _Config(config, source)
+    cfg = Config(config, source)
     family = _family(cfg)
     _refuse_unsupported(cfg, family)
     layers = cfg.size("num_hidden_layers", limit=MAX_LAYERS)
@@ -207,93 +206,7 @@ def spec_from_config(config: Mapping[str, Any], source: str) -> tuple[ModelSpec,
     return spec, notes + remark
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file, duplicate keys refused; KogcError names the file (and line) at fault."""
-    try:
-        with path.open("rb") as stream:
-            raw = stream.read(MAX_CONFIG_BYTES + 1)
-    except FileNotFoundError as err:
-        raise KogcError(f"{path}: missing") from err
-    except OSError as err:
-        raise KogcError(f"{path}: {err.strerror or err}") from err
-    if len(raw) > MAX_CONFIG_BYTES:
-        raise KogcError(f"{path}: larger than {MAX_CONFIG_BYTES} bytes")
-    try:
-        value = json.loads(raw.decode("utf-8"), object_pairs_hook=_no_duplicates, parse_constant=_no_constant)
-    except json.JSONDecodeError as err:
-        raise KogcError(f"{path}:{err.lineno}: not JSON: {err.msg}") from err
-    except UnicodeDecodeError as err:
-        raise KogcError(f"{path}: not UTF-8") from err
-    except RecursionError as err:
-        raise KogcError(f"{path}: nested too deeply") from err
-    except ValueError as err:
-        raise KogcError(f"{path}: {err}") from err
-    if not isinstance(value, dict):
-        raise KogcError(f"{path}: expected a JSON object")
-    return value
-
-
-class _Config:
-    """Typed access to a parsed configuration; every error names the file and the key."""
-
-    def __init__(self, values: Mapping[str, Any], source: str, prefix: str = "") -> None:
-        self.values = values
-        self.source = source
-        self.prefix = prefix
-
-    def refuse(self, key: str, why: str) -> KogcError:
-        return KogcError(f"{self.source}: {self.prefix}{_plain(key)} = {_show(self.values.get(key))}: {why}")
-
-    def given(self, key: str) -> bool:
-        return self.values.get(key) is not None
-
-    def integer(self, key: str, default: int | None = None) -> int:
-        value = self._value(key, default)
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise self.refuse(key, "expected an integer")
-        if not -(1 << 53) < value < 1 << 53:
-            raise self.refuse(key, "out of range")
-        return value
-
-    def size(self, key: str, default: int | None = None, limit: int = MAX_SIZE) -> int:
-        value = self.integer(key, default)
-        if not 1 <= value <= limit:
-            raise self.refuse(key, f"must be 1 to {limit}")
-        return value
-
-    def number(self, key: str, default: float | None = None) -> float:
-        value = self._value(key, default)
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise self.refuse(key, "expected a number")
-        try:
-            result = float(value)
-        except OverflowError as err:
-            raise self.refuse(key, "out of range") from err
-        if not math.isfinite(result):
-            raise self.refuse(key, "expected a finite number")
-        return result
-
-    def boolean(self, key: str, default: bool | None = None) -> bool:
-        value = self._value(key, default)
-        if not isinstance(value, bool):
-            raise self.refuse(key, "expected true or false")
-        return value
-
-    def text(self, key: str) -> str:
-        value = self._value(key, None)
-        if not isinstance(value, str):
-            raise self.refuse(key, "expected text")
-        return value
-
-    def _value(self, key: str, default: object) -> object:
-        if self.given(key):
-            return self.values[key]
-        if default is None:
-            raise KogcError(f"{self.source}: missing key {self.prefix}{key}")
-        return default
-
-
-def _family(cfg: _Config) -> str:
+def _family(cfg: Config) -> str:
     known = ", ".join(ARCHITECTURES)
     names = cfg.values.get("architectures")
     if names is None:
@@ -310,7 +223,7 @@ def _family(cfg: _Config) -> str:
     return family
 
 
-def _refuse_unsupported(cfg: _Config, family: str) -> None:
+def _refuse_unsupported(cfg: Config, family: str) -> None:
     for key, value in cfg.values.items():
         if key in READ or key in HARMLESS or key in NOT_TAKEN:
             continue
@@ -330,21 +243,21 @@ def _is_one_of(value: object, allowed: Iterable[object]) -> bool:
     return any(value == a and isinstance(value, bool) == isinstance(a, bool) for a in allowed)
 
 
-def _norm_eps(cfg: _Config) -> float:
+def _norm_eps(cfg: Config) -> float:
     eps = cfg.number("rms_norm_eps")
     if not 0.0 < eps < 1.0:
         raise cfg.refuse("rms_norm_eps", "must be above 0 and below 1")
     return eps
 
 
-def _kv_heads(cfg: _Config, family: str, heads: int) -> int:
+def _kv_heads(cfg: Config, family: str, heads: int) -> int:
     if "num_key_value_heads" not in cfg.values and family != "llama":
         # These families' class defaults are fixed numbers that fit one model only.
         raise KogcError(f"{cfg.source}: missing key num_key_value_heads")
     return cfg.size("num_key_value_heads", heads)
 
 
-def _head_dim(cfg: _Config, family: str, hidden: int, heads: int) -> int:
+def _head_dim(cfg: Config, family: str, hidden: int, heads: int) -> int:
     if cfg.given("head_dim"):
         return cfg.size("head_dim")
     if family == "qwen3" and "head_dim" not in cfg.values:
@@ -354,7 +267,7 @@ def _head_dim(cfg: _Config, family: str, hidden: int, heads: int) -> int:
     return hidden // heads
 
 
-def _windows(cfg: _Config, family: str, layers: int) -> tuple[int | None, tuple[int, ...] | None]:
+def _windows(cfg: Config, family: str, layers: int) -> tuple[int | None, tuple[int, ...] | None]:
     """(window, layers that use it); the second is None where all do."""
     types = _layer_types(cfg, layers)
     if family in ("qwen2", "qwen3"):
@@ -366,7 +279,7 @@ def _windows(cfg: _Config, family: str, layers: int) -> tuple[int | None, tuple[
     return window, None if len(sliding) == layers else tuple(sliding)
 
 
-def _layer_types(cfg: _Config, layers: int) -> list[str] | None:
+def _layer_types(cfg: Config, layers: int) -> list[str] | None:
     types = cfg.values.get("layer_types")
     if types is None:
         return None
@@ -375,13 +288,13 @@ def _layer_types(cfg: _Config, layers: int) -> list[str] | None:
         raise cfg.refuse("layer_types", "expected a list")
     for item in types:
         if item not in known:
-            raise KogcError(f"{cfg.source}: layer_types: {_show(item)} is not supported (known: {', '.join(known)})")
+            raise KogcError(f"{cfg.source}: layer_types: {show(item)} is not supported (known: {', '.join(known)})")
     if len(types) != layers:
         raise KogcError(f"{cfg.source}: layer_types: {len(types)} entries for num_hidden_layers = {layers}")
     return types
 
 
-def _qwen_window(cfg: _Config, layers: int, types: list[str] | None) -> tuple[int | None, list[int]]:
+def _qwen_window(cfg: Config, layers: int, types: list[str] | None) -> tuple[int | None, list[int]]:
     """Layers from max_window_layers on use the window, unless layer_types says which do."""
     window = _optional_window(cfg, 4096) if cfg.boolean("use_sliding_window", False) else None
     if types is None:
@@ -393,7 +306,7 @@ def _qwen_window(cfg: _Config, layers: int, types: list[str] | None) -> tuple[in
     return window, sliding
 
 
-def _uniform_window(cfg: _Config, family: str, layers: int, types: list[str] | None) -> tuple[int | None, list[int]]:
+def _uniform_window(cfg: Config, family: str, layers: int, types: list[str] | None) -> tuple[int | None, list[int]]:
     """Mistral: the window holds for every layer. Llama: there is none."""
     if cfg.given("max_window_layers"):
         raise cfg.refuse("max_window_layers", f"not supported for family {family}")
@@ -411,14 +324,14 @@ def _uniform_window(cfg: _Config, family: str, layers: int, types: list[str] | N
     return window, list(range(layers))
 
 
-def _optional_window(cfg: _Config, default: int) -> int | None:
+def _optional_window(cfg: Config, default: int) -> int | None:
     """null means none; an absent key means the class default."""
     if "sliding_window" not in cfg.values:
         return default
     return cfg.size("sliding_window") if cfg.given("sliding_window") else None
 
 
-def _rope(cfg: _Config) -> Rope:
+def _rope(cfg: Config) -> Rope:
     rope = _rope_section(cfg)
     kind = _rope_type(rope)
     for key, value in rope.values.items():
@@ -433,7 +346,7 @@ def _rope(cfg: _Config) -> Rope:
     return Rope(theta, _rope_scaling(cfg, rope, kind))
 
 
-def _context(cfg: _Config, rope: Rope) -> tuple[int, Notes]:
+def _context(cfg: Config, rope: Rope) -> tuple[int, Notes]:
     """Positions that the model is for, and a remark where those are not max_position_embeddings.
 
     Model cards say to add YaRN to a config.json that is otherwise left alone: then it states what was stretched.
@@ -448,12 +361,12 @@ def _context(cfg: _Config, rope: Rope) -> tuple[int, Notes]:
     return stretched, [f"{cfg.source}: the context is {stretched} tokens, {of}"]
 
 
-def _states_original(cfg: _Config) -> bool:
+def _states_original(cfg: Config) -> bool:
     key = "original_max_position_embeddings"
     return cfg.given(key) or _rope_section(cfg).given(key)
 
 
-def _rope_section(cfg: _Config) -> _Config:
+def _rope_section(cfg: Config) -> Config:
     """The one object that describes the rotary embedding, under its old name or its new one."""
     found: dict[str, Mapping[str, Any]] = {}
     for key in ("rope_parameters", "rope_scaling"):
@@ -469,12 +382,12 @@ def _rope_section(cfg: _Config) -> _Config:
     for key, value in found.items():
         for inner, item in value.items():
             if isinstance(item, dict):
-                raise KogcError(f"{cfg.source}: {key}.{_plain(inner)}: rotary settings by layer type are not supported")
-        return _Config(value, cfg.source, f"{key}.")
-    return _Config({}, cfg.source, "rope_parameters.")
+                raise KogcError(f"{cfg.source}: {key}.{plain(inner)}: rotary settings by layer type are not supported")
+        return Config(value, cfg.source, f"{key}.")
+    return Config({}, cfg.source, "rope_parameters.")
 
 
-def _rope_type(rope: _Config) -> str:
+def _rope_type(rope: Config) -> str:
     kinds = {key: rope.text(key) for key in ("rope_type", "type") if rope.given(key)}
     if len(set(kinds.values())) > 1:
         raise rope.refuse("type", f"contradicts rope_type ({kinds['rope_type']!r})")
@@ -487,13 +400,13 @@ def _rope_type(rope: _Config) -> str:
     return "default"
 
 
-def _rope_theta(cfg: _Config, rope: _Config) -> float:
+def _rope_theta(cfg: Config, rope: Config) -> float:
     if rope.given("rope_theta") and cfg.given("rope_theta") and rope.number("rope_theta") != cfg.number("rope_theta"):
         raise cfg.refuse("rope_theta", f"contradicts {rope.prefix}rope_theta")
     return rope.number("rope_theta") if rope.given("rope_theta") else cfg.number("rope_theta", 10000.0)
 
 
-def _rope_scaling(cfg: _Config, rope: _Config, kind: str) -> RopeScaling:
+def _rope_scaling(cfg: Config, rope: Config, kind: str) -> RopeScaling:
     if kind == "linear":
         return RopeScaling("linear", rope.number("factor"))
     # A top-level value wins; without any, the scaling starts from the context that the configuration states.
@@ -521,7 +434,7 @@ def _rope_scaling(cfg: _Config, rope: _Config, kind: str) -> RopeScaling:
     )
 
 
-def _yarn_attention_factor(rope: _Config, factor: float) -> float:
+def _yarn_attention_factor(rope: Config, factor: float) -> float:
     """The factor on cosine and sine: given, or the paper's 0.1 ln(factor) + 1, or the ratio of two such terms."""
     if rope.given("attention_factor"):
         return rope.number("attention_factor")
@@ -539,7 +452,7 @@ def _yarn_attention_factor(rope: _Config, factor: float) -> float:
     return magnitude(over) / divisor
 
 
-def _dtype(cfg: _Config) -> tuple[str, Notes]:
+def _dtype(cfg: Config) -> tuple[str, Notes]:
     names = [cfg.text(key).removeprefix("torch.") for key in ("dtype", "torch_dtype") if cfg.given(key)]
     if len(set(names)) > 1:
         raise cfg.refuse("torch_dtype", f"contradicts dtype ({names[0]!r})")
@@ -561,7 +474,7 @@ def _default_token(config: Mapping[str, Any], family: str, which: str) -> int | 
     return 1 if which == "bos" else 2
 
 
-def _eos_tokens(cfg: _Config, family: str) -> tuple[int, ...]:
+def _eos_tokens(cfg: Config, family: str) -> tuple[int, ...]:
     value = cfg.values.get("eos_token_id")
     if value is None:
         default = _default_token(cfg.values, family, "eos")
@@ -572,7 +485,7 @@ def _eos_tokens(cfg: _Config, family: str) -> tuple[int, ...]:
     return tuple(dict.fromkeys(items))
 
 
-def _with_generation(spec: ModelSpec, cfg: _Config) -> ModelSpec:
+def _with_generation(spec: ModelSpec, cfg: Config) -> ModelSpec:
     if cfg.given("eos_token_id"):
         spec = replace(spec, eos_tokens=_eos_tokens(cfg, spec.family))
     if cfg.given("bos_token_id"):
@@ -581,10 +494,10 @@ def _with_generation(spec: ModelSpec, cfg: _Config) -> ModelSpec:
     return spec
 
 
-def _generation_notes(cfg: _Config, settings: Mapping[str, tuple[object, ...]]) -> Notes:
+def _generation_notes(cfg: Config, settings: Mapping[str, tuple[object, ...]]) -> Notes:
     """A remark for each of the settings that Transformers' generate() would apply and kogc does not."""
     return [
-        f"{cfg.source}: {key} = {_show(cfg.values[key])} is not applied"
+        f"{cfg.source}: {key} = {show(cfg.values[key])} is not applied"
         for key, neutral in settings.items()
         if key in cfg.values and not _is_one_of(cfg.values[key], neutral)
     ]
@@ -595,26 +508,3 @@ def _name(source: str) -> str:
     parts = [part for part in re.split(r"[/\\]", source) if part not in ("", ".", "..", "config.json")]
     last = parts[-1].split("@")[0] if parts else ""
     return re.sub(r"[^A-Za-z0-9._-]+", "-", last).lstrip("._-").lower()[:100] or "model"
-
-
-def _show(value: object) -> str:
-    text = json.dumps(value, default=str)
-    return text if len(text) <= 80 else text[:77] + "..."
-
-
-def _plain(key: str) -> str:
-    """A key as it stands, or quoted where it holds what would break the line or the terminal."""
-    return key if key.isprintable() and len(key) <= 80 else _show(key)
-
-
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    out: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in out:
-            raise ValueError(f"duplicate key {key!r}")
-        out[key] = value
-    return out
-
-
-def _no_constant(name: str) -> float:
-    raise ValueError(f"not JSON: the constant {name}")

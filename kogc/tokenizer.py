@@ -8,8 +8,8 @@ from typing import Any
 
 import tokenizers
 
+from .config_json import read_json
 from .errors import KogcError
-from .importer import read_json
 
 FILE = "tokenizer.json"
 MOST_WAITING = 64  # tokens without a character at their end: bytes that are none
