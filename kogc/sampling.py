@@ -8,12 +8,12 @@ likely tokens that reach p, and every token that ties with the last of them.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from .config_json import read_json
 from .errors import KogcError
 
 MAX_BIAS = 300  # tokens with a bias in one request
@@ -138,14 +138,7 @@ def sampling_from_config(path: Path) -> Sampling:
 
     KogcError names the file and the key at fault.
     """
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise KogcError(f"{path}: {error.strerror}") from None
-    except ValueError as error:
-        raise KogcError(f"{path}: {error}") from None
-    if not isinstance(config, dict):
-        raise KogcError(f"{path}: expected an object")
+    config = read_json(path)
     values = {key: value for key, value in config.items() if value is not None}
     draws = values.get("do_sample", False)
     if not isinstance(draws, bool):

@@ -80,17 +80,17 @@ def test_what_a_model_asks_for(tmp_path: Path, text: str, expected: Sampling) ->
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ('{"do_sample": 1}', "do_sample: 1 is neither"),
-        ('{"do_sample": true, "top_p": 7}', "top_p: 7 is not above 0"),
-        ('{"do_sample": true, "temperature": "hot"}', "temperature: 'hot' is not a number"),
-        ("[]", "expected an object"),
-        ("{", "Expecting"),
+        ('{"do_sample": 1}', ": do_sample: 1 is neither"),
+        ('{"do_sample": true, "top_p": 7}', ": top_p: 7 is not above 0"),
+        ('{"do_sample": true, "temperature": "hot"}', ": temperature: 'hot' is not a number"),
+        ("[]", ": expected a JSON object"),
+        ("{", ":1: not JSON: Expecting"),
     ],
 )
 def test_a_model_that_asks_for_nonsense_is_refused_by_file_and_key(tmp_path: Path, text: str, words: str) -> None:
     path = tmp_path / "generation_config.json"
     path.write_text(text)
-    with pytest.raises(KogcError, match=rf"generation_config\.json: {words}[^\n]*$"):
+    with pytest.raises(KogcError, match=rf"generation_config\.json{words}[^\n]*$"):
         sampling_from_config(path)
 
 
